@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nextscale.sampling.pick import greedy as greedy
     from nextscale.sampling.pick import gumbel_soft as gumbel_soft
     from nextscale.sampling.pick import multinomial as multinomial
+    from nextscale.sampling.pick import tempered as tempered
     from nextscale.sampling.pick import top_k_top_p as top_k_top_p
     from nextscale.schedule import Schedule as Schedule
     from nextscale.schedule import Span as Span
@@ -66,7 +67,7 @@ _HOME = {
     "nextscale.official": ("load_official",),
     "nextscale.sampling.guidance": ("Guidance", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("State", "run", "sample", "sample_tokens", "start", "step"),
-    "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "top_k_top_p"),
+    "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),
     "nextscale.schedule": ("Schedule", "Span"),
     "nextscale.system": ("System", "decode", "encode", "find_recipe", "logits"),
     "nextscale.training.settings": ("GeneratorLoss", "TokenizerLoss", "TrainConfig"),

@@ -64,10 +64,8 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         settings = recipe.Config.model_validate(config.config)
     except ValidationError as error:
         raise ValueError(f"{folder / 'config.json'} does not describe a {config.recipe} system: {error}") from error
-    if "model" not in config.parts:
-        settings = settings.model_copy(update={"num_classes": 0, "classes": ()})
     with torch.device("meta"):  # no memory and no random numbers for weights that the files replace
-        system = recipe.build(settings)
+        system = recipe.build(settings, model="model" in config.parts)
     for part in config.parts:
         load_weights(getattr(system, part), folder / f"{part}.safetensors")
     return system.to(device).eval()

@@ -118,6 +118,11 @@ class Span:
         """The span's tokens as a slice of the sequence of all scales."""
         return slice(self.begin, self.end)
 
+    def gather(self, table: Tensor) -> Tensor:
+        """The rows of a per-token table [l, ...] that belong to the tokens at hand: all of them. (Where tokens are left
+        out, a span of the kept ones returns [B, kept, ...].)"""
+        return table
+
     def bounds(self) -> list[tuple[int, int]]:
         """`(begin, end)` of each scale of the span among the L tokens."""
         ends = self.schedule.ends

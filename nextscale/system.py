@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,28 @@ from nextscale.model.condition import Condition
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
+from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.training.objective import Objective, TeacherForcing
 
 Labels = Sequence[str | int | None] | Tensor | str | int | None
 
 
+class Reader(Protocol):
+    """Turns what a user says of images into what a conditioner takes.
+
+    `field` is the key of a data item that says it: `label` (class numbers) or `caption` (texts).
+    """
+
+    field: str
+
+    def __call__(self, values: Sequence[str | int | None]) -> Any:
+        """One entry an image; None says nothing. The result has `.to(device)`."""
+
+
 class System(nn.Module):
-    """A tokenizer, a model (None before one is trained), the schedule, the names of the classes, sampling defaults.
+    """A tokenizer, a model (None before one is trained), the schedule, the names of the classes, sampling defaults, how
+    the model is trained, who reads its labels (None: they are names or numbers of classes), and how many of the last
+    scales sampling leaves out.
 
     `recipe` and `config` say how it was built; saving and loading need nothing else but the weights.
     """
@@ -34,6 +50,9 @@ class System(nn.Module):
         model: nn.Module | None,
         classes: Sequence[str] = (),
         sampling: SamplingDefaults = SamplingDefaults(),
+        objective: Objective = TeacherForcing(),
+        reader: Reader | None = None,
+        skipped: int = 0,
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -44,7 +63,16 @@ class System(nn.Module):
         self.model: Any = model
         self.classes = tuple(classes)
         self.sampling = sampling
+        self.objective = objective
+        self.reader = reader
+        self.skipped = skipped
         self.eval()
+
+    def with_model(self, model: nn.Module, skipped: int = 0) -> System:
+        """The same system around another model, which may leave out the last scales: nothing is copied."""
+        s = self
+        parts = s.recipe, s.config, s.schedule, s.tokenizer, model, s.classes, s.sampling, s.objective, s.reader
+        return System(*parts, skipped)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -65,14 +93,15 @@ class System(nn.Module):
             )
         return self.model
 
+    def condition(self, labels: Labels) -> Condition:
+        """What the model is told by labels (or prompts), one row each."""
+        read = self.reader or self.label_ids
+        return self.need_model().conditioner(read(_listed(labels)).to(self.device))
+
     def label_ids(self, labels: Labels) -> Tensor:
         """Class numbers int64 [B] of names, numbers or None (the null class, whose number is `num_classes`)."""
         num_classes = self.need_model().conditioner.num_classes
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        if labels is None or isinstance(labels, str | int):
-            labels = [labels]
-        return torch.tensor([self._label_id(label, num_classes) for label in labels], device=self.device)
+        return torch.tensor([self._label_id(label, num_classes) for label in _listed(labels)], device=self.device)
 
     def _label_id(self, label: str | int | None, num_classes: int) -> int:
         if label is None:
@@ -94,66 +123,58 @@ class System(nn.Module):
         return self.classes.index(label)
 
 
+def _listed(labels: Labels) -> list[str | int | None]:
+    if isinstance(labels, Tensor):
+        return labels.tolist()
+    return [labels] if labels is None or isinstance(labels, str | int) else list(labels)
+
+
 # ---- verbs: images to tokens, tokens to images, tokens to logits ------------------------------------------------------
 
 
 @torch.no_grad()
-def encode(system: System, images: Tensor) -> list[Tensor]:
-    """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size: a list of K int64 tensors [B, h_k * w_k]."""
-    if images.ndim != 4 or tuple(images.shape[-2:]) != system.image_size:
+def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> list[Tensor]:
+    """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size: a list of K int64 tensors [B, h_k * w_k] (of bits
+    uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits it."""
+    if images.ndim != 4 or (schedule is None and tuple(images.shape[-2:]) != system.image_size):
         raise ValueError(
             f"this system encodes images [B, C, {system.image_size[0]}, {system.image_size[1]}], got "
             f"{list(images.shape)}; read them with `ns.read_images(paths, size={system.image_size})`"
         )
-    return system.tokenizer.encode(images.to(system.device), system.schedule).tokens
+    return system.tokenizer.encode(images.to(system.device), schedule or system.schedule).tokens
 
 
 @torch.no_grad()
-def decode(system: System, tokens: Sequence[Tensor]) -> Tensor:
+def decode(system: System, tokens: Sequence[Tensor], schedule: Schedule | None = None) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of the token maps of all scales, or of any first ones.
 
     A token map holds ids [B, l_k], or soft weights over the codebook [B, l_k, V].
     """
-    tokens = _checked(system, tokens)
-    return system.tokenizer.decode(system.tokenizer.f_hat(tokens, system.schedule)).clamp(-1, 1)
+    schedule = schedule or system.schedule
+    tokens = _checked(system, tokens, schedule)
+    return system.tokenizer.decode(system.tokenizer.f_hat(tokens, schedule)).clamp(-1, 1)
 
 
 @torch.no_grad()
-def logits(system: System, tokens: Sequence[Tensor], labels: Labels) -> Tensor:
-    """Teacher-forced logits float32 [B, L, V] of given token maps (all scales, or any first ones) under labels."""
-    condition = system.need_model().conditioner(system.label_ids(labels))
-    return teacher_logits(system, _checked(system, tokens), condition)
+def logits(system: System, tokens: Sequence[Tensor], labels: Labels, schedule: Schedule | None = None) -> Tensor:
+    """Teacher-forced logits float32 [B, L, V] (of bits [B, L, d, 2]) of given token maps (all scales, or any first ones)
+    under labels."""
+    schedule = schedule or system.schedule
+    return teacher_logits(system, _checked(system, tokens, schedule), system.condition(labels), schedule)
 
 
-def _checked(system: System, tokens: Sequence[Tensor]) -> list[Tensor]:
+def _checked(system: System, tokens: Sequence[Tensor], schedule: Schedule) -> list[Tensor]:
     lengths = [token_map.shape[1] for token_map in tokens]
-    if not lengths or tuple(lengths) != system.schedule.lengths[: len(lengths)]:
-        raise ValueError(
-            f"expected token maps of {list(system.schedule.lengths)} tokens, or the first of them, got {lengths}"
-        )
+    if not lengths or tuple(lengths) != schedule.lengths[: len(lengths)]:
+        raise ValueError(f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {lengths}")
     return [token_map.to(system.device) for token_map in tokens]
 
 
-@torch.no_grad()
-def teacher_inputs(pyramid: Any, tokens: list[Tensor], schedule: Schedule) -> Tensor | None:
-    """What the transformer reads when all scales are known: inputs of every scale but the first, [B, L - l_0, C].
-
-    `tokens` may be a prefix of the scales; None if it holds the first scale alone.
-    """
-    f_hat = pyramid.start(len(tokens[0]), schedule)
-    inputs = []
-    for k, token_map in enumerate(tokens[:-1]):
-        f_hat = pyramid.add(f_hat, token_map, k, schedule)
-        inputs.append(pyramid.next_input(f_hat, k + 1, schedule))
-    return torch.cat(inputs, dim=1) if inputs else None
-
-
-def teacher_logits(system: System, tokens: list[Tensor], condition: Condition) -> Tensor:
-    """Logits of all given scales at once, float32 [B, l, V]."""
-    span = system.schedule.span(0, len(tokens))
-    inputs = teacher_inputs(system.tokenizer.pyramid, tokens, system.schedule)
+def teacher_logits(system: System, tokens: list[Tensor], condition: Condition, schedule: Schedule) -> Tensor:
+    """Logits of all given scales at once, float32 [B, l, V] (of bits [B, l, d, 2])."""
+    inputs = teacher_inputs(system.tokenizer.pyramid, tokens, schedule)
     model = system.need_model()
-    return model.head(model.hidden(inputs, model.prepare(condition), span))
+    return model.head(model.hidden(inputs, model.prepare(condition), schedule.span(0, len(tokens))))
 
 
 def recipe_names() -> dict[str, str]:

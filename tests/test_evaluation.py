@@ -24,7 +24,7 @@ from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.tokenizer.pyramid import Encoded
-from nextscale.training.tokens import encode_tokens
+from nextscale.training.encoded import encode_images
 
 CLASSES = ("animals", "food", "cat")
 SIZES = (1, 2)  # 16 px
@@ -133,12 +133,12 @@ class EveryCode:
     """A stand-in for a tokenizer: all codes equally often, and images that are off by a known amount."""
 
     def __init__(self, codes: int, errors: list[float]) -> None:
-        self.pyramid = SimpleNamespace(codebook=SimpleNamespace(weight=torch.zeros(codes, 2)))
+        self.pyramid = SimpleNamespace(codes=codes)
         self.errors = errors
 
     def encode(self, images: Tensor, schedule: Schedule) -> Encoded:
-        codes = len(self.pyramid.codebook.weight)
-        tokens = [torch.arange(len(images) * length).view(len(images), length) % codes for length in schedule.lengths]
+        codes, count = self.pyramid.codes, len(images)
+        tokens = [torch.arange(count * length).view(count, length) % codes for length in schedule.lengths]
         offsets = torch.tensor(self.errors).view(-1, 1, 1, 1)
         return Encoded(tokens, [], [images + offsets * sign for sign in (1, -1)])
 
@@ -171,6 +171,8 @@ def test_entropies_by_hand() -> None:
     known = torch.tensor([[0, 0, 0, 0, 0]])  # counts plus one: 2 of 5; then 5 of 8, for code 0
     expected = [-(math.log(2 / 5) + math.log(1 / 5)) / 2, -(math.log(5 / 8) + 3 * math.log(1 / 8)) / 4]
     assert frequency_cross_entropy(known, tokens, 4, schedule) == pytest.approx(expected)
+    bits = torch.tensor([[[0, 1], [0, 0], [1, 0], [0, 1], [1, 1]]], dtype=torch.uint8)  # [1, 5, 2]: each bit on its own
+    assert unigram_entropy(bits, 2, schedule) == pytest.approx([0, math.log(2)])
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -192,15 +194,15 @@ def test_report_leaves_its_files(made: tuple[dict, Path]) -> None:
 
 def test_report_is_consistent(made: tuple[dict, Path], system: System, data: SimpleNamespace) -> None:
     found = made[0]
-    tokens = encode_tokens(system, data.val)
+    tokens = encode_images(system, data.val)
     likelihood = found["likelihood"]
-    assert likelihood["unigram_entropy"]["scales"] == unigram_entropy(tokens.tokens, 32, system.schedule)
+    assert likelihood["unigram_entropy"]["scales"] == unigram_entropy(tokens.content, 32, system.schedule)
     for row, entropy in zip(found["tokenizer"], likelihood["unigram_entropy"]["scales"], strict=True):
         assert row["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
         assert row["attainable"] == min(32, 9 * math.prod(row["size"]))
         assert row["psnr"] >= row["psnr_of_mean"] - 1e-4
     groups, subgroups = (
-        ns.evaluate_likelihood(system, tokens.tokens, tokens.labels[:, column]).mean for column in (0, 1)
+        ns.evaluate_likelihood(system, tokens.content, tokens.labels[:, column]).mean for column in (0, 1)
     )
     assert likelihood["model"]["group"]["cross_entropy"]["mean"] == pytest.approx(groups)
     assert likelihood["model"]["subgroup"]["cross_entropy"]["mean"] == pytest.approx(subgroups)

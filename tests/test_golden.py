@@ -12,8 +12,7 @@ import nextscale as ns
 from nextscale.recipes.generators import var
 from nextscale.sampling.pick import filter_logits
 from nextscale.schedule import Schedule
-from nextscale.system import teacher_inputs
-from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
+from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid, teacher_inputs
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

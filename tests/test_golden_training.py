@@ -7,6 +7,7 @@ from test_golden import by_scale, numbers, part, quantizer, system, tensors
 
 from nextscale.keymap import model_key, tokenizer_key
 from nextscale.recipes.generators import var
+from nextscale.training.encoded import EncodedImages
 from nextscale.training.generator import NO_DECAY, GeneratorTask, stage
 from nextscale.training.loop import decay_groups, set_rates
 from nextscale.training.rates import learning_rate, weight_decay
@@ -45,10 +46,11 @@ def task_of(which: str, **loss) -> tuple[GeneratorTask, dict]:
     system.cache_clear()  # the steps change the weights
     settings = numbers("train_step")["step_settings"]
     objective = GeneratorLoss(drop_condition=0, **loss)
-    task = GeneratorTask(system(which), config_of(settings), objective, None)
-    task.module.train()
     labels = torch.tensor(settings["labels"][which]).view(-1, 1)
-    return task, {"tokens": torch.cat(by_scale("tiny_var_io", "idx"), 1), "labels": labels}
+    tokens = torch.cat(by_scale("tiny_var_io", "idx"), 1)
+    task = GeneratorTask(system(which), config_of(settings), objective, EncodedImages(tokens, labels), None)
+    task.module.train()
+    return task, {"content": tokens, "labels": labels}
 
 
 def official_norms(module, values) -> dict[str, float]:
@@ -100,7 +102,7 @@ def test_loss_of_each_token_and_of_each_scale():
                 task.system.schedule.span(),
             )
         )
-        losses = task.module.head.loss_of(logits, batch["tokens"])
+        losses = task.module.head.loss_of(logits, batch["content"])
     torch.testing.assert_close(losses, tensors("train_step")["A.per_token_loss"], rtol=1e-5, atol=1e-5)
     logged = numbers("train_step")["A"]["steps"][0]
     per_scale = [float(part.mean()) for part in losses.split(task.system.schedule.lengths, 1)]

@@ -122,7 +122,7 @@ def test_layout_is_the_official_one_and_loads_strictly(name):
         assert list(state) == list(expected)  # the order too
         assert {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in state.items()} == expected
         assert sum(p.numel() for p in module.parameters()) == part["n_params"]
-    rates = [block.drop_path for block in system.model.blocks]
+    rates = [block.branches[0].drop_path.rate for block in system.model.blocks]
     assert rates == pytest.approx(entries(name)[1]["drop_path_per_block"])
 
 
@@ -318,7 +318,7 @@ def official_like(system: Path) -> Path:
 
 
 def test_what_the_reference_cannot_express_is_named():
-    with pytest.raises(ValueError, match=r"cannot express autoencoder.patch=4.*pyramid.gains=True"):
+    with pytest.raises(ValueError, match=r"cannot express autoencoder.patch=4.*pyramid.standardize=True"):
         var.official_args(var.emoji_64())
     config = var.OFFICIAL["var-tiny"].config()
     with pytest.raises(ValueError, match=r"cannot express sizes=1 2x1"):

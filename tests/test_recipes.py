@@ -1,6 +1,7 @@
 """The laws, for every recipe: this file finds the files of `recipes/` and takes each tiny system through them.
 
-A recipe may offer variants for the laws in `tiny_variants()`: a dict from a name to a config.
+A recipe builds a system (`build`) or changes one (`apply`), as faster decoding does; such a one is tried on VAR's tiny system,
+without the laws that only exact decoding keeps.
 """
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 import nextscale as ns
 from nextscale.model.condition import Condition
+from nextscale.model.positions import LearnedPositions
 from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
-from nextscale.system import System, recipe_names, teacher_inputs
+from nextscale.system import System, recipe_names
+from nextscale.tokenizer.pyramid import teacher_inputs
 
 VAR_VARIANTS = {
     "plain": {},
@@ -26,7 +29,8 @@ VAR_VARIANTS = {
     "phi of each scale, cosine": {
         "pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, phi="each", cosine=True)
     },
-    "gains": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, gains=True)},
+    "standardized residuals": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)},
+    "two maps at the full size": {"sizes": (1, 2, 4, 4)},
     "no phi": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, phi_ratio=0)},
 }
 
@@ -38,13 +42,17 @@ IMAGES = {"atol": 1e-4, "rtol": 0}
 def build(case: str) -> System:
     recipe_name, variant = case.split(": ")
     recipe = ns.find_recipe(recipe_name)
+    if hasattr(recipe, "apply"):
+        return recipe.apply(build("var: plain"), recipe.tiny())
     config = recipe.tiny(**VAR_VARIANTS[variant]) if recipe_name == "var" else recipe.tiny()
     system = recipe.build(config, seed=1)
     with torch.no_grad():  # random codes far enough apart that no token is decided by rounding
         pyramid = system.tokenizer.pyramid
-        pyramid.codebook.weight.normal_(generator=torch.Generator().manual_seed(2))
-        if getattr(pyramid, "gain", None) is not None:
-            pyramid.gain.copy_(torch.linspace(0.3, 1, len(system.schedule)))
+        if hasattr(pyramid, "codebook"):
+            pyramid.codebook.weight.normal_(generator=torch.Generator().manual_seed(2))
+        if getattr(pyramid, "std", None) is not None:
+            pyramid.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+            pyramid.std.uniform_(0.3, 1, generator=torch.Generator().manual_seed(4))
     return system
 
 
@@ -55,10 +63,27 @@ def cases() -> list:
 
 
 @pytest.fixture(scope="module", params=cases())
-def system(request) -> System:
-    if request.param.startswith("shipped: "):
-        return ns.load(request.param.removeprefix("shipped: "))
-    return build(request.param)
+def case(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def system(case: str) -> System:
+    return ns.load(case.removeprefix("shipped: ")) if case.startswith("shipped: ") else build(case)
+
+
+@pytest.fixture
+def exact(case: str) -> None:
+    """For laws that methods which change a system may break, as they approximate or are not saved with it."""
+    recipe = case.split(": ")[0]
+    if recipe in recipe_names() and hasattr(ns.find_recipe(recipe), "apply"):
+        pytest.skip(f"{recipe} changes a system")
+
+
+@pytest.fixture(scope="module")
+def labels(system: System) -> list:
+    """Two things to show, and nothing."""
+    return [0, 2, None] if system.reader is None else ["a red apple", "the flag of Chad", None]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +91,6 @@ def images(system: System) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(3, 3, 4, 4, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=system.image_size, mode="bilinear").clamp(-1, 1)
-
-
-LABELS = [0, 2, None]
 
 
 class Recorder:
@@ -83,16 +105,16 @@ class Recorder:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_law_1_cached_steps_equal_the_masked_pass(system, guided):
+def test_law_1_cached_steps_equal_the_masked_pass(system, guided, labels, exact):
     record = Recorder()
     weight = 3.0 if guided else 1.0
-    tokens = ns.sample_tokens(system, LABELS, guidance=ns.cfg(weight), pick=record, seed=5)
-    cond, uncond = ns.logits(system, tokens, LABELS), ns.logits(system, tokens, [None] * 3)
+    tokens = ns.sample_tokens(system, labels, guidance=ns.cfg(weight), pick=record, seed=5)
+    cond, uncond = ns.logits(system, tokens, labels), ns.logits(system, tokens, [None] * 3)
     expected = uncond + weight * (cond - uncond)
-    torch.testing.assert_close(torch.cat(record.logits, dim=1), expected, **LOGITS)
+    torch.testing.assert_close(torch.cat(record.logits, dim=1), expected.flatten(1, -2), **LOGITS)
 
 
-def test_law_1_attention_by_scale_equals_the_dense_mask(system, images):
+def test_law_1_attention_by_scale_equals_the_dense_mask(system, images, labels):
     """The masked pass itself never builds a mask; one with the span's dense mask must agree."""
     from nextscale.model import attention
 
@@ -101,20 +123,20 @@ def test_law_1_attention_by_scale_equals_the_dense_mask(system, images):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=span.mask(), scale=scale)
 
     tokens = ns.encode(system, images)
-    expected = ns.logits(system, tokens, LABELS)
+    expected = ns.logits(system, tokens, labels)
     original, attention.attend = attention.attend, dense
     try:
-        torch.testing.assert_close(ns.logits(system, tokens, LABELS), expected, **LOGITS)
+        torch.testing.assert_close(ns.logits(system, tokens, labels), expected, **LOGITS)
     finally:
         attention.attend = original
 
 
-def test_law_2_forced_tokens_give_the_reconstruction(system, images):
+def test_law_2_forced_tokens_give_the_reconstruction(system, images, labels):
     tokens = ns.encode(system, images)
-    forced = ns.sample(system, LABELS, edit=lambda drawn, k: tokens[k], guidance=ns.cfg_ramp(3.0), seed=1)
+    forced = ns.sample(system, labels, edit=lambda drawn, k: tokens[k], guidance=ns.cfg_ramp(3.0), seed=1)
     torch.testing.assert_close(forced, ns.decode(system, tokens), **IMAGES)
     # and not because every token map gives the same image
-    assert (forced - ns.sample(system, LABELS, seed=1)).abs().max() > 1e-3
+    assert (forced - ns.sample(system, labels, seed=1)).abs().max() > 1e-3
 
 
 def test_law_3_inputs_of_encode_are_next_input_replayed(system, images):
@@ -135,53 +157,56 @@ def test_law_3_inputs_of_encode_are_next_input_replayed(system, images):
         assert replayed is None
 
 
-def test_law_4_guidance_weight_1_is_no_guidance(system):
-    alone = ns.sample_tokens(system, LABELS, guidance=ns.cfg(1.0), seed=3)
-    ramp = ns.sample_tokens(system, LABELS, guidance=ns.cfg_ramp(1.0), seed=3)
+def test_law_4_guidance_weight_1_is_no_guidance(system, labels):
+    alone = ns.sample_tokens(system, labels, guidance=ns.cfg(1.0), seed=3)
+    ramp = ns.sample_tokens(system, labels, guidance=ns.cfg_ramp(1.0), seed=3)
     single = ns.Guidance(lambda schedule, k: (1.0,), drops=((),))
-    no_branch = ns.sample_tokens(system, LABELS, guidance=single, seed=3)
+    no_branch = ns.sample_tokens(system, labels, guidance=single, seed=3)
     for a, b, c in zip(alone, ramp, no_branch, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     # weight 1 does not even run the second branch
-    assert ns.start(system, LABELS, guidance=ns.cfg(1.0)).branches == (0,)
+    assert ns.start(system, labels, guidance=ns.cfg(1.0)).branches == (0,)
 
 
-def test_law_5_a_row_equals_the_image_alone(system):
-    together = ns.sample(system, LABELS, seed=[11, 12, 13])
-    for i, label in enumerate(LABELS):
+def test_law_5_a_row_equals_the_image_alone(system, labels):
+    together = ns.sample(system, labels, seed=[11, 12, 13])
+    for i, label in enumerate(labels):
         alone = ns.sample(system, [label], seed=11 + i)
         torch.testing.assert_close(together[i : i + 1], alone, **IMAGES)
-    turned = ns.sample(system, LABELS[::-1], seed=[13, 12, 11])
+    turned = ns.sample(system, labels[::-1], seed=[13, 12, 11])
     torch.testing.assert_close(turned.flip(0), together, **IMAGES)
 
 
-def test_law_5_holds_for_soft_tokens(system):
+def test_law_5_holds_for_soft_tokens(system, labels):
+    if not hasattr(system.tokenizer.pyramid, "codebook"):
+        pytest.skip("soft weights are over a codebook")
     pick = ns.gumbel_soft(20, 0.9)
-    together = ns.sample(system, LABELS, seed=4, pick=pick)
+    together = ns.sample(system, labels, seed=4, pick=pick)
     # 2 * logits / 0.0135 at the last scale: rounding of 1e-6 in the logits becomes 1.5e-4 in the weights of tokens.
     torch.testing.assert_close(together[2:], ns.sample(system, [None], seed=6, pick=pick), atol=1e-3, rtol=0)
 
 
-def test_law_6_shapes(system):
+def test_law_6_shapes(system, labels):
     """Schedules of one scale and rectangles are among the systems; here their shapes."""
-    tokens = ns.sample_tokens(system, LABELS)
-    assert [t.shape for t in tokens] == [(3, n) for n in system.schedule.lengths]
+    tokens = ns.sample_tokens(system, labels)
+    assert [t.shape[:2] for t in tokens] == [(3, n) for n in system.schedule.lengths]
     assert ns.decode(system, tokens).shape == (3, 3, *system.image_size)
-    assert ns.decode(system, tokens[:1]).shape == (3, 3, *system.image_size)
-    assert ns.logits(system, tokens[:1], LABELS).shape[1] == system.schedule.lengths[0]
+    assert ns.decode(system, tokens[:1]).shape[:2] == (3, 3)
+    assert ns.logits(system, tokens[:1], labels).shape[1] == system.schedule.lengths[0]
 
 
-def test_law_7_save_load_sample(system, tmp_path):
-    before = ns.sample(system, LABELS, seed=9)
+def test_law_7_save_load_sample(system, tmp_path, labels, exact):
+    before = ns.sample(system, labels, seed=9)
     again = ns.load(ns.save(system, tmp_path / "saved"))
-    assert torch.equal(ns.sample(again, LABELS, seed=9), before)
+    assert torch.equal(ns.sample(again, labels, seed=9), before)
     assert again.classes == system.classes and again.schedule == system.schedule
     assert again.config == system.config
 
 
-def test_parts_of_a_condition_have_their_own_null(system):
+def test_parts_of_a_condition_have_their_own_null(system, labels):
     conditioner = system.model.conditioner
-    condition, null = conditioner(system.label_ids([0, 1])), conditioner.null(2)
+    condition = system.condition(labels[:2])
+    null = conditioner.null(condition)
     for name, part in condition.parts().items():
         mixed = condition.mix(null, {name: torch.tensor([True, False])}).parts()
         assert torch.equal(mixed[name][0], null.parts()[name][0]) and torch.equal(mixed[name][1], part[1])
@@ -190,36 +215,39 @@ def test_parts_of_a_condition_have_their_own_null(system):
     assert isinstance(condition, Condition)
 
 
-def test_state_select_reorders_and_copies(system):
+def test_state_select_reorders_and_copies(system, labels):
     with torch.inference_mode():
-        state = ns.start(system, LABELS, seed=[1, 2, 3], guidance=ns.cfg(2.0))
+        state = ns.start(system, labels, seed=[1, 2, 3], guidance=ns.cfg(2.0))
         if len(system.schedule) > 1:
             state = ns.step(system, state)
         chosen = ns.run(system, state.select(torch.tensor([2, 0, 0])))
-    plain = ns.sample_tokens(system, LABELS, seed=[1, 2, 3], guidance=ns.cfg(2.0))
+    plain = ns.sample_tokens(system, labels, seed=[1, 2, 3], guidance=ns.cfg(2.0))
     for got, expected in zip(chosen.tokens, plain, strict=True):
         assert torch.equal(got, expected[[2, 0, 0]])
 
 
-def test_callback_gets_every_scale(system):
+def test_callback_gets_every_scale(system, labels):
     seen = {}
-    final = ns.sample(system, LABELS, seed=2, on_scale=lambda k, images: seen.update({k: images.clone()}))
+    final = ns.sample(system, labels, seed=2, on_scale=lambda k, images: seen.update({k: images.clone()}))
     assert list(seen) == list(range(len(system.schedule)))
     assert torch.equal(seen[len(system.schedule) - 1], final)
 
 
-def test_interrupted_sampling_leaves_nothing_behind(system):
-    before = ns.sample(system, LABELS, seed=2)
+def test_interrupted_sampling_leaves_nothing_behind(system, labels):
+    before = ns.sample(system, labels, seed=2)
 
     def stop(k, images):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ns.sample(system, LABELS, seed=2, on_scale=stop)
-    assert torch.equal(ns.sample(system, LABELS, seed=2), before)
+        ns.sample(system, labels, seed=2, on_scale=stop)
+    assert torch.equal(ns.sample(system, labels, seed=2), before)
 
 
-def test_another_schedule_is_refused(system):
+def test_another_schedule_is_refused_or_works(system, labels):
     other = Schedule(((1, 1), *system.schedule.sizes))
-    with pytest.raises(ValueError, match="scales"):
-        ns.sample(system, LABELS, schedule=other)
+    if isinstance(system.model.positions, LearnedPositions):
+        with pytest.raises(ValueError, match="scales"):
+            ns.sample(system, labels, schedule=other)
+    else:
+        assert ns.sample(system, labels, schedule=other).isfinite().all()

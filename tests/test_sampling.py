@@ -159,3 +159,34 @@ def test_a_tokenizer_alone_says_that_it_cannot_sample():
 def test_seeds_must_match_the_batch():
     with pytest.raises(ValueError, match="2 images, got 3"):
         ns.sample(var.build(small()), [0, 1], seed=[1, 2, 3])
+
+
+def test_a_weight_and_a_temperature_for_each_scale():
+    schedule = Schedule.squares(1, 2, 3)
+    guidance = ns.cfg([1.0, 2.0, 1.0])
+    assert [guidance.weights(schedule, k) for k in range(3)] == [(1.0, 0.0), (2.0, -1.0), (1.0, 0.0)]
+    assert guidance.alive(schedule, 1) == (0, 1) and guidance.alive(schedule, 2) == (0,)
+    with pytest.raises(ValueError, match="one for each of 3 scales, got 2"):
+        ns.cfg([1.0, 2.0]).weights(schedule, 0)
+    seen = []
+
+    def pick(logits, generators):
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    logits = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    tempered = ns.tempered(pick, [1.0, 0.5, 2.0])
+    for k in range(3):
+        tempered.at(schedule, k)(logits, [])
+    assert torch.equal(seen[0], logits) and torch.equal(seen[1], logits * 2) and torch.equal(seen[2], logits / 2)
+    with pytest.raises(ValueError, match="above 0"):
+        ns.tempered(ns.multinomial, 0.0).at(schedule, 0)
+
+
+def test_wrapped_models_share_weights_and_leave_the_first_alone():
+    system = var.build(small(), seed=1)
+    blocks = [block.with_branches(reversed(list(block.branches))) for block in system.model.blocks]
+    other = system.model.with_blocks(blocks)
+    assert {id(p) for p in other.parameters()} == {id(p) for p in system.model.parameters()}
+    assert other.blocks[0].branches[0] is system.model.blocks[0].branches[1]
+    assert [type(b.layer).__name__ for b in system.model.blocks[0].branches] == ["SelfAttention", "FeedForward"]

@@ -1,7 +1,5 @@
 """`nextscale train tokenizer` and `nextscale train generator`. Imported for that command alone, since it needs torch."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +10,12 @@ import tyro
 from nextscale.checkpoint import load
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
 from nextscale.data.transforms import AugmentSettings
-from nextscale.model.settings import TransformerSettings
-from nextscale.recipes.generators import var
 from nextscale.sampling.settings import SamplingDefaults
-from nextscale.system import System
+from nextscale.system import System, find_recipe
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
+RECIPE = "var"  # unless another is named
 # Required, but asked for at the door, where a mistake ends in one line.
 OutFolder = Annotated[Path | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(required)")]
 Trained = Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")]
@@ -28,29 +25,39 @@ def main(arguments: Sequence[str]) -> None:
     """Run `nextscale train ...` with the words after `train`."""
     # The preset is read first: it sets the defaults that --help shows and that further options change.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", nargs="?", default="emoji-64", const="emoji-64")  # without a name: tyro says it
-    name = early.parse_known_args(arguments)[0].preset
-    if name not in var.PRESETS:
-        raise ValueError(f"unknown --preset {name!r}; there are {', '.join(var.PRESETS)}")
-    preset: var.Config = var.PRESETS[name]()
+    for option in ("--recipe", "--preset"):
+        early.add_argument(option, nargs="?")  # without a name: tyro says it
+    named = early.parse_known_args(arguments)[0]
+    recipe = find_recipe(named.recipe or RECIPE)
+    presets = getattr(recipe, "PRESETS", {})
+    if not presets:
+        raise ValueError(f"the recipe {named.recipe!r} has nothing to train")
+    name = named.preset or next(iter(presets))
+    if name not in presets:
+        raise ValueError(
+            f"unknown --preset {name!r} of the recipe {named.recipe or RECIPE}; there are {', '.join(presets)}"
+        )
+    preset: Any = presets[name]()
     app = tyro.extras.SubcommandApp()
-    app.command(name="tokenizer")(tokenizer_command(preset))
-    app.command(name="generator")(generator_command(preset))
+    app.command(name="tokenizer")(tokenizer_command(recipe, name, preset))
+    app.command(name="generator")(generator_command(recipe, name, preset))
     app.cli(prog="nextscale train", description="Train a tokenizer, then a generator on it.", args=list(arguments))
 
 
-def tokenizer_command(defaults: var.Config) -> Callable[..., None]:
-    """The command `train tokenizer` with the defaults of a preset."""
+def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., None]:
+    """The command `train tokenizer` with the defaults of a recipe's preset."""
+    config_type = type(defaults)
 
     def command(
         out: OutFolder = None,
         data: str = "openmoji",
-        preset: str = "emoji-64",
+        recipe: str = RECIPE,
+        preset: str = name,
         oversample: int = 2,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
         loss: TokenizerLoss = TokenizerLoss(),
         augmentation: AugmentSettings = AugmentSettings(),
-        system: var.Config = defaults,
+        system: config_type = defaults,  # type: ignore[valid-type]
     ) -> None:
         """Train a multi-scale tokenizer.
 
@@ -62,7 +69,8 @@ def tokenizer_command(defaults: var.Config) -> Callable[..., None]:
         Args:
             out: folder of the run
             data: openmoji, or a folder of images
-            preset: where the system's settings start: emoji-64, tiny, d16
+            recipe: the method, by the name of its file in nextscale/recipes
+            preset: where the system's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
             train: the run
             loss: the losses, and the measures against collapse
@@ -70,7 +78,7 @@ def tokenizer_command(defaults: var.Config) -> Callable[..., None]:
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
-        built = var.build(system.model_copy(update={"num_classes": 0, "classes": ()}), seed=train.seed)
+        built = module.build(system, seed=train.seed, model=False)
         training, validation = load_data(data, square_side(built), oversample)
         train_tokenizer(
             built, training.train, train, out=folder, val=validation.val, loss=loss, augmentation=augmentation
@@ -80,20 +88,22 @@ def tokenizer_command(defaults: var.Config) -> Callable[..., None]:
     return command
 
 
-def generator_command(defaults: var.Config) -> Callable[..., None]:
-    """The command `train generator` with the defaults of a preset."""
+def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., None]:
+    """The command `train generator` with the defaults of a recipe's preset."""
+    transformer_type = type(defaults.transformer)
 
     def command(
         out: OutFolder = None,
         tokenizer: Trained = "",
         data: str = "openmoji",
-        preset: str = "emoji-64",
+        recipe: str = RECIPE,
+        preset: str = name,
         oversample: int = 2,
         views: int = 8,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
         loss: GeneratorLoss = GeneratorLoss(),
         augmentation: AugmentSettings = AugmentSettings(),
-        transformer: TransformerSettings = defaults.transformer,
+        transformer: transformer_type = defaults.transformer,  # type: ignore[valid-type]
         sampling: SamplingDefaults = defaults.sampling,
     ) -> None:
         """Train a generator on the tokens of a trained tokenizer.
@@ -107,7 +117,8 @@ def generator_command(defaults: var.Config) -> Callable[..., None]:
             out: folder of the run
             tokenizer: the tokenizer: the folder of its run, or a system
             data: openmoji, or a folder with one folder of images a class
-            preset: where the transformer's settings start: emoji-64, tiny, d16
+            recipe: the method, that of the tokenizer
+            preset: where the transformer's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
             views: augmented versions of each image that are encoded
             train: the run
@@ -121,10 +132,13 @@ def generator_command(defaults: var.Config) -> Callable[..., None]:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
         run = Path(tokenizer) / "system"
         base = load(run if run.is_dir() else tokenizer)
+        if base.recipe != recipe:
+            raise ValueError(f"{tokenizer} is of the recipe {base.recipe!r}, got --recipe {recipe}; give the same")
         training, validation = load_data(data, square_side(base), oversample)
-        changes = {"classes": training.classes, "num_classes": len(training.classes)}
-        changes |= {"transformer": transformer, "sampling": sampling}
-        system = var.build(base.config.model_copy(update=changes), seed=train.seed)
+        changes = {"transformer": transformer, "sampling": sampling}
+        if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
+            changes |= {"classes": training.classes, "num_classes": len(training.classes)}
+        system = module.build(base.config.model_copy(update=changes), seed=train.seed)
         system.tokenizer = base.tokenizer
         train_model(
             system,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +18,7 @@ class TokenizerReport:
     """One entry a scale, after decoding the scales up to and including it."""
 
     psnr: list[float]  # dB, mean over images of the PSNR of each
-    perplexity: list[float]  # exp of the entropy of the codes' shares at the scale
+    perplexity: list[float]  # exp of the entropy of the codes' shares at the scale (of bits: of their mean entropy)
     attainable: list[int]  # the largest perplexity possible: min(V, tokens of the scale in the data)
     used: list[float]  # share of the codebook that occurs at the scale
     mse: list[float]  # mean over images, of values in [-1, 1]
@@ -51,22 +52,44 @@ def evaluate_tokenizer(
     tokenizer: Tokenizer, data: Dataset, schedule: Schedule, device: torch.device | str = "cpu", batch_size: int = 64
 ) -> TokenizerReport:
     """PSNR after each scale, and the use of the codebook by each, over a whole data set."""
-    codes = len(tokenizer.pyramid.codebook.weight)
+    codes = tokenizer.pyramid.codes
     errors: list[list[Tensor]] = [[] for _ in schedule.sizes]
-    counts = torch.zeros(len(schedule), codes)
+    counts: list[Tensor] | None = None
     images_seen = 0
     for batch in DataLoader(data, batch_size=batch_size, collate_fn=lambda items: [item["image"] for item in items]):
         images = torch.stack(batch).to(device)
         encoded = tokenizer.encode(images, schedule)
         images_seen += len(images)
         for k, f_hat in enumerate(encoded.f_hats):
-            errors[k].append(_mse(tokenizer.decode(f_hat), images).cpu())
-            counts[k] += torch.bincount(encoded.tokens[k].flatten().cpu(), minlength=codes)
-    shares = counts / counts.sum(dim=1, keepdim=True)
+            errors[k].append(_mse(_resized(tokenizer.decode(f_hat), images), images).cpu())
+        found = code_counts(encoded.tokens, codes)
+        counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
+    if counts is None:
+        raise ValueError("the data has no images; nothing can be judged")
+    shares = [count / count.sum(dim=1, keepdim=True) for count in counts]
     return TokenizerReport(
         psnr=[float(_decibel(torch.cat(values)).mean()) for values in errors],
-        perplexity=torch.special.entr(shares).sum(dim=1).exp().tolist(),
+        perplexity=[float(torch.special.entr(share).sum(dim=1).mean().exp()) for share in shares],
         attainable=[min(codes, images_seen * length) for length in schedule.lengths],
-        used=(counts > 0).float().mean(dim=1).tolist(),
+        used=[float((count > 0).float().mean()) for count in counts],
         mse=[float(torch.cat(values).mean()) for values in errors],
     )
+
+
+def code_counts(tokens: list[Tensor], codes: int) -> list[Tensor]:
+    """How often each code occurs in the token maps of each scale, float64 [1, V]; of bits [B, l, d] each bit on its own,
+    [d, 2]."""
+    counts = []
+    for token_map in tokens:
+        columns = token_map.flatten(0, 1).long().cpu().view(token_map.shape[0] * token_map.shape[1], -1)  # [n, 1 or d]
+        places = columns + codes * torch.arange(columns.shape[1])
+        count = torch.bincount(places.flatten(), minlength=codes * columns.shape[1])
+        counts.append(count.double().view(columns.shape[1], codes))
+    return counts
+
+
+def _resized(decoded: Tensor, images: Tensor) -> Tensor:
+    """Pyramids without a running sum decode a coarse scale to a small image, which is judged at the full size."""
+    if decoded.shape[-2:] == images.shape[-2:]:
+        return decoded
+    return F.interpolate(decoded.clamp(-1, 1), size=images.shape[-2:], mode="bicubic", antialias=True)

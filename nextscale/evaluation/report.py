@@ -28,7 +28,7 @@ from nextscale.files import atomic_write
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
 from nextscale.system import System
-from nextscale.training.tokens import TokenDataset, encode_tokens
+from nextscale.training.encoded import EncodedImages, encode_images
 
 BATCH = 64
 SHOWN_SAMPLES = 96
@@ -66,10 +66,10 @@ def evaluate(
     report["tokenizer"] = _tokenizer(system, data)
     _save_reconstructions(system, data.val, out / "reconstructions.png")
     if system.model is not None:
-        training, held_out = encode_tokens(system, data.train), encode_tokens(system, data.val)
+        training, held_out = encode_images(system, data.train), encode_images(system, data.val)
         _check_labels(system, training, held_out)
         report["likelihood"] = _likelihood(system, training, held_out)
-        report["samples"] = _samples(system, data, training.labels[:, 0].long(), samples, seed, out, progress)
+        report["samples"] = _samples(system, data, training, samples, seed, out, progress)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -95,7 +95,9 @@ def _check(system: System, data: Any, samples: int) -> None:
         )
 
 
-def _check_labels(system: System, *tokens: TokenDataset) -> None:
+def _check_labels(system: System, *tokens: EncodedImages) -> None:
+    if tokens[0].texts is not None:
+        return
     num_classes, most = system.need_model().conditioner.num_classes, max(int(part.labels.max()) for part in tokens)
     if most >= num_classes:
         raise ValueError(f"the data has class number {most}, but the model knows 0 to {num_classes - 1}")
@@ -174,20 +176,20 @@ def _reconstructions(system: System, val: Dataset) -> Tensor:
 # ---- the generator's knowledge --------------------------------------------------------------------------------------
 
 
-def _likelihood(system: System, training: TokenDataset, held_out: TokenDataset) -> dict[str, Any]:
+def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages) -> dict[str, Any]:
     """Nats a token on the validation tokens: two tables of frequencies, then the model under each kind of label."""
-    schedule, codes = system.schedule, len(system.tokenizer.pyramid.codebook.weight)
+    schedule, codes = system.schedule, system.tokenizer.pyramid.codes
     result: dict[str, Any] = {
-        "unigram_entropy": _with_mean(unigram_entropy(held_out.tokens, codes, schedule), schedule),
+        "unigram_entropy": _with_mean(unigram_entropy(held_out.content, codes, schedule), schedule),
         "training_frequencies": _with_mean(
-            frequency_cross_entropy(training.tokens, held_out.tokens, codes, schedule), schedule
+            frequency_cross_entropy(training.content, held_out.content, codes, schedule), schedule
         ),
         "model": {},
     }
     kinds = held_out.labels.shape[1]
     names = {1: ["label"], 2: ["group", "subgroup"]}.get(kinds, [f"label {i}" for i in range(kinds)])
     for i, name in enumerate(names):
-        found = evaluate_likelihood(system, held_out.tokens, held_out.labels[:, i], BATCH)
+        found = evaluate_likelihood(system, held_out.content, held_out.values(held_out.labels[:, i]), BATCH)
         result["model"][name] = {
             "cross_entropy": _with_mean(found.cross_entropy, schedule),
             "accuracy": _with_mean(found.accuracy, schedule),
@@ -205,19 +207,21 @@ def _with_mean(values: Sequence[float], schedule: Schedule) -> dict[str, Any]:
 
 
 def _samples(
-    system: System, data: Any, known_labels: Tensor, count: int, seed: int, out: Path, progress: bool
+    system: System, data: Any, known: EncodedImages, count: int, seed: int, out: Path, progress: bool
 ) -> dict[str, Any]:
     """Generate, draw the pictures, and compare with the training images."""
     generator = torch.Generator().manual_seed(seed)
-    labels = known_labels[torch.randint(len(known_labels), (count,), generator=generator)]
+    places = known.labels[torch.randint(len(known), (count,), generator=generator), 0].long()
+    labels = known.values(places)
     images = torch.cat(
         [
             sample(system, labels[i : i + BATCH], seed=seed + i).cpu()
             for i in tqdm(range(0, count, BATCH), desc="sampling", disable=not progress)
         ]
     )
-    names = [data.classes[label] if label < len(data.classes) else str(label) for label in labels.tolist()]
-    shown = sorted(range(min(count, SHOWN_SAMPLES)), key=lambda i: int(labels[i]))
+    numbered = dict(enumerate(known.texts or data.classes))
+    names = [numbered.get(place, str(place)) for place in places.tolist()]
+    shown = sorted(range(min(count, SHOWN_SAMPLES)), key=lambda i: int(places[i]))
     save_images(images[shown], out / "samples.png", columns=12, labels=[names[i] for i in shown], title="Samples")
 
     training, val = data.train.images, data.val.images

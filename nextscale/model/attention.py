@@ -17,6 +17,7 @@ class LayerCache:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory  # [2, rows, N, L, head_dim]
         self.length = 0
+        self.outputs: dict[int, Tensor] = {}  # [rows, ...] of the branches, for methods that use them again
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values [rows, N, l, head_dim]; returns all so far, [rows, N, length, head_dim]."""
@@ -40,6 +41,7 @@ class Cache:
         """Keep, re-order or copy rows (int64 [rows'])."""
         for layer in self.layers:
             layer.memory = layer.memory[:, rows]
+            layer.outputs = {place: output[rows] for place, output in layer.outputs.items()}
 
     @property
     def nbytes(self) -> int:

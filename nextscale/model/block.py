@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,18 +32,32 @@ class FeedForward(nn.Module):
 class Branch(nn.Module):
     """One residual branch: norm, modulate, layer, gate. What is added to the residual stream, not the stream itself."""
 
-    def __init__(self, layer: nn.Module, dim: int, eps: float, dropout: float) -> None:
+    def __init__(self, layer: nn.Module, settings: TransformerSettings, drop_path: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm = plain_norm(settings)
         self.layer = layer
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.drop_path = DropPath(drop_path)
 
-    def forward(
-        self, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, span: Span, cache: LayerCache | None = None
-    ) -> Tensor:
-        """h [B, l, D]; gate, scale and shift [B, 1, D]."""
+    def forward(self, h: Tensor, modulation: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """h [B, l, D]; modulation [B, 3, 1, D]: gate, scale, shift."""
+        gate, scale, shift = modulation.unbind(1)
         x = torch.addcmul(shift, self.norm(h), 1 + scale)
-        return gate * self.dropout(self.layer(x, span, cache))
+        return self.drop_path(gate * self.dropout(self.layer(x, span, cache)))
+
+
+class DropPath(nn.Module):
+    """Leaves a branch out for some images while training, and scales it up for the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return update
+        keep = torch.rand(len(update), 1, 1, device=update.device) >= self.rate
+        return update * (keep / (1 - self.rate))
 
 
 class OwnModulation(nn.Module):
@@ -52,6 +71,13 @@ class OwnModulation(nn.Module):
     def forward(self, vec: Tensor) -> Tensor:  # [B, D] -> [B, parts, 1, D]
         return self.linear(F.silu(vec)).unflatten(-1, (self.parts, 1, -1))
 
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """After the usual weights: those of the gates, the first third, and of the rest are scaled down."""
+        gates = len(self.linear.weight) // 3
+        self.linear.weight[:gates].mul_(settings.init_gate)
+        self.linear.weight[gates:].mul_(settings.init_adaln)
+
 
 class SharedModulation(nn.Module):
     """Shared AdaLN: the model computes one modulation for all blocks, and each block adds an offset of its own."""
@@ -63,33 +89,67 @@ class SharedModulation(nn.Module):
     def forward(self, shared: Tensor) -> Tensor:  # [B, parts, 1, D]
         return shared + self.offset
 
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """Normal, with gates (the first third), scales and shifts scaled down."""
+        gates = len(self.offset) // 3
+        self.offset.normal_(std=settings.dim**-0.5, generator=generator)
+        self.offset[:gates].mul_(settings.init_gate)
+        self.offset[gates:].mul_(settings.init_adaln)
+
 
 class Block(nn.Module):
-    """Attention and feed-forward branches. `prepare` computes once an image what depends on the condition alone."""
+    """Attention and feed-forward branches, each modulated by the condition.
+
+    What the transformer and those who wrap its branches rely on: `prepare` computes once an image what depends on the
+    condition alone, one entry a branch; every branch is called as `branch(h, prepared[i], span, cache)` and returns what
+    is added to the residual stream.
+    """
 
     def __init__(self, settings: TransformerSettings, drop_path: float = 0.0) -> None:
         super().__init__()
         s = settings
         attention = SelfAttention(s.dim, s.num_heads, s.unit_norm)
         feed_forward = FeedForward(s.dim, round(s.dim * s.mlp_ratio))
-        self.branches = nn.ModuleList(Branch(layer, s.dim, s.eps, s.dropout) for layer in (attention, feed_forward))
-        self.modulation = (SharedModulation if s.shared_adaln else OwnModulation)(s.dim, parts=6)
-        self.drop_path = drop_path
+        self.branches = nn.ModuleList(Branch(layer, s, drop_path) for layer in (attention, feed_forward))
+        self.modulation: Any = (SharedModulation if s.shared_adaln else OwnModulation)(s.dim, parts=6)
 
-    def prepare(self, condition: Condition) -> Tensor:
-        """Gates, scales and shifts, [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2."""
-        return self.modulation(condition.vec)
+    def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
+        """Gate, scale and shift of each branch, [B, 3, 1, D]."""
+        parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
+        return parts.unflatten(1, (3, -1)).unbind(2)
 
-    def forward(self, h: Tensor, prepared: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:  # [B, l, D]
-        gates, scales, shifts = prepared.unflatten(1, (3, -1)).unbind(1)
-        for i, branch in enumerate(self.branches):
-            update = branch(h, gates[:, i], scales[:, i], shifts[:, i], span, cache)
-            h = h + self._drop(update)
+    def forward(
+        self, h: Tensor, prepared: tuple[Tensor, ...], span: Span, cache: LayerCache | None = None
+    ) -> Tensor:  # [B, l, D]
+        for branch, own in zip(self.branches, prepared, strict=True):
+            h = h + branch(h, own, span, cache)
         return h
 
-    def _drop(self, update: Tensor) -> Tensor:
-        """Drop path: leave out the branch for some images while training, scale up the others."""
-        if not self.training or self.drop_path == 0:
-            return update
-        keep = torch.rand(len(update), 1, 1, device=update.device) >= self.drop_path
-        return update * (keep / (1 - self.drop_path))
+    def with_branches(self, branches: Iterable[nn.Module]) -> Block:
+        """A block that shares all weights with this one but has these branches: how methods wrap branches from outside."""
+        return replaced(self, branches=nn.ModuleList(branches))
+
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """After the usual weights: a branch's last layer shrinks with depth, and gates start almost closed."""
+        layers: list[Any] = [branch.layer for branch in self.branches]
+        for last in (layers[0].proj, layers[1].fc2):
+            last.weight.div_(math.sqrt(2 * settings.depth))
+        self.modulation.reset_parameters(settings, generator)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def replaced(module: M, **parts: nn.Module) -> M:
+    """A module that shares everything with the given one but the named parts."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **parts}
+    return other
+
+
+def plain_norm(settings: TransformerSettings) -> nn.Module:
+    """The norm without weights of its own that is modulated afterwards."""
+    norm = nn.LayerNorm if settings.norm == "layer" else nn.RMSNorm
+    return norm(settings.dim, settings.eps, elementwise_affine=False)

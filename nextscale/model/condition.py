@@ -65,6 +65,6 @@ class ClassCondition(nn.Module):
         vec = self.embedding(labels)  # [B, D]
         return Condition(start=vec.unsqueeze(1), vec=vec)
 
-    def null(self, batch: int) -> Condition:
-        """The condition that says nothing, for `batch` images."""
-        return self(torch.full((batch,), self.num_classes, device=self.embedding.weight.device))
+    def null(self, condition: Condition) -> Condition:
+        """The condition that says nothing, for as many images as the given one."""
+        return self(torch.full((len(condition),), self.num_classes, device=self.embedding.weight.device))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nextscale.model.settings import TransformerSettings
 
 
 class SoftmaxHead(nn.Module):
@@ -15,6 +18,11 @@ class SoftmaxHead(nn.Module):
     def __init__(self, dim: int, codebook_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, codebook_size)
+
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """After the usual weights: scaled down, so that all codes start about as likely."""
+        self.linear.weight.mul_(settings.init_head)
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits float32 [B, l, V] of hidden states [B, l, D]."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nextscale.model.init import var_normal_
+from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Schedule, Span
 
 
@@ -20,6 +22,11 @@ class LearnedPositions(nn.Module):
         self.start = nn.Parameter(torch.zeros(schedule.lengths[0], dim))
         self.table = nn.Parameter(torch.zeros(schedule.length, dim))
         self.scale = nn.Embedding(len(schedule), dim)
+
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """VAR's initial weights; those of the scales are an embedding's."""
+        for weight in (self.start, self.table):
+            var_normal_(weight, settings.dim, generator)
 
     def forward(self, span: Span) -> Tensor:
         """Positions of the tokens of a span, [l, D]."""

@@ -1,5 +1,7 @@
 """Settings of the transformer."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from nextscale.settings import Settings
@@ -16,6 +18,7 @@ class TransformerSettings(Settings):
     unit_norm: bool = Field(True, description="attention on unit-norm queries and keys")
     drop_path: float = Field(0.0, ge=0, lt=1, description="drop path of the last block; rises linearly from 0")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout at the end of each branch")
+    norm: Literal["layer", "rms"] = Field("layer", description="the norms in branches and before the head")
     eps: float = Field(1e-6, gt=0, description="of the layer norms")
     init_head: float = Field(0.02, gt=0, description="initial head weights / usual ones")
     init_adaln: float = Field(0.5, gt=0, description="initial AdaLN scale and shift weights / usual ones")

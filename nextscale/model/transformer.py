@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.model.attention import Cache
-from nextscale.model.block import Block, OwnModulation, SharedModulation
+from nextscale.model.block import Block, OwnModulation, plain_norm, replaced
 from nextscale.model.condition import Condition
+from nextscale.model.init import var_normal_
 from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Span
 
@@ -22,16 +22,25 @@ class Prepared:
     """What depends on the condition alone, computed once an image: start tokens, and each block's and the head's part."""
 
     start: Tensor  # [B, n, D]
-    blocks: tuple[Any, ...]  # what each block's `prepare` returned
+    blocks: tuple[Any, ...]  # what each block's `prepare` returned: tensors [B, ...], in nested tuples
     head: Tensor  # [B, 2, 1, D]
 
     def select(self, rows: Tensor) -> Prepared:
         """Keep, re-order or copy rows (int64 [rows'])."""
-        return Prepared(self.start[rows], tuple(part[rows] for part in self.blocks), self.head[rows])
+        return Prepared(self.start[rows], _select(self.blocks, rows), self.head[rows])
+
+
+def _select(part: Any, rows: Tensor) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_select(inner, rows) for inner in part)
+    return None if part is None else part[rows]
 
 
 class Transformer(nn.Module):
-    """Blocks between an input embedding and a head; conditions, positions, blocks and head are passed in."""
+    """Blocks between an input embedding and a head; conditions, positions, blocks and head are passed in.
+
+    `positions_before`: the blocks before which positions are added to the residual stream.
+    """
 
     def __init__(
         self,
@@ -41,6 +50,7 @@ class Transformer(nn.Module):
         positions: nn.Module,
         head: nn.Module,
         block: Callable[[TransformerSettings, float], nn.Module] = Block,
+        positions_before: tuple[int, ...] = (0,),
     ) -> None:
         super().__init__()
         dim, depth = settings.dim, settings.depth
@@ -52,7 +62,8 @@ class Transformer(nn.Module):
         self.shared_modulation = OwnModulation(dim, parts=6) if settings.shared_adaln else None
         rates = [settings.drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks: Any = nn.ModuleList(block(settings, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, settings.eps, elementwise_affine=False)
+        self.positions_before = positions_before
+        self.norm = plain_norm(settings)
         self.head_modulation = OwnModulation(dim, parts=2)
         self.head: Any = head
 
@@ -64,17 +75,16 @@ class Transformer(nn.Module):
         return Prepared(condition.start, tuple(block.prepare(condition) for block in self.blocks), head)
 
     def embed(self, inputs: Tensor | None, prepared: Prepared, span: Span) -> Tensor:
-        """The residual stream before the first block, [B, l, D].
+        """Start tokens and inputs, [B, l, D].
 
         `inputs` [B, l', C] are the pyramid's inputs of the span's scales. The first scale has none: start tokens open it.
         """
-        positions = self.positions(span)
         parts = []
         if span.first == 0:
             parts.append((prepared.start + self.positions.start).expand(-1, span.lengths[0], -1))
         if inputs is not None:
             parts.append(self.embed_input(inputs))
-        return torch.cat(parts, dim=1) + positions
+        return torch.cat(parts, dim=1)
 
     def hidden(self, inputs: Tensor | None, prepared: Prepared, span: Span, cache: Cache | None = None) -> Tensor:
         """Hidden states for the head, [B, l, D].
@@ -82,8 +92,10 @@ class Transformer(nn.Module):
         Without a cache the span begins at the first scale, and attention is block-causal over its scales. With a cache
         earlier scales are read from it, and the span's keys and values are added to it.
         """
-        h = self.embed(inputs, prepared, span)
+        positions, h = self.positions(span), self.embed(inputs, prepared, span)
         for i, block in enumerate(self.blocks):
+            if i in self.positions_before:
+                h = h + positions
             h = block(h, prepared.blocks[i], span, None if cache is None else cache[i])
         scale, shift = prepared.head.unbind(1)
         return torch.addcmul(shift, self.norm(h), 1 + scale)
@@ -93,34 +105,21 @@ class Transformer(nn.Module):
         s = self.settings
         return Cache(s.depth, rows, s.num_heads, length, s.dim // s.num_heads, like=self.embed_input.weight)
 
+    def with_blocks(self, blocks: Iterable[nn.Module]) -> Transformer:
+        """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""
+        return replaced(self, blocks=nn.ModuleList(blocks))
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """VAR's initialisation: normal of variance 1 / (3 D) cut at +-2; blocks start close to the identity."""
-        s = self.settings
-        std = math.sqrt(1 / s.dim / 3)
+        """VAR's initialisation: normal of variance 1 / (3 D) cut at +-2; blocks start close to the identity.
 
-        def normal(weight: Tensor, factor: float = 1.0) -> None:
-            nn.init.trunc_normal_(weight, std=std, generator=generator)
-            weight.mul_(factor)
-
+        What is neither a linear layer nor an embedding belongs to its part, which sets it.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                normal(module.weight)
+                var_normal_(module.weight, self.settings.dim, generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        normal(self.positions.start)
-        normal(self.positions.table)
-        gates = 2 * s.dim  # the first rows of an AdaLN layer are the gates of the two branches
-        for block in self.blocks:
-            attention, feed_forward = (branch.layer for branch in block.branches)
-            attention.proj.weight.div_(math.sqrt(2 * s.depth))
-            feed_forward.fc2.weight.div_(math.sqrt(2 * s.depth))
-            if isinstance(block.modulation, SharedModulation):
-                block.modulation.offset.normal_(std=s.dim**-0.5, generator=generator)
-                block.modulation.offset[:2].mul_(s.init_gate)
-                block.modulation.offset[2:].mul_(s.init_adaln)
-            else:
-                block.modulation.linear.weight[:gates].mul_(s.init_gate)
-                block.modulation.linear.weight[gates:].mul_(s.init_adaln)
-        self.head_modulation.linear.weight.mul_(s.init_adaln)
-        self.head.linear.weight.mul_(s.init_head)
+        for part in (self.positions, *self.blocks, self.head):
+            part.reset_parameters(self.settings, generator)
+        self.head_modulation.linear.weight.mul_(self.settings.init_adaln)

@@ -7,7 +7,7 @@ branch has the whole condition, the others have parts of it replaced by their nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -48,9 +48,23 @@ class Guidance:
         return total
 
 
-def cfg(weight: float) -> Guidance:
-    """Classifier-free guidance with the same weight at every scale; 1 = off."""
-    return Guidance(lambda schedule, k: (weight, 1.0 - weight))
+def cfg(weight: float | Sequence[float]) -> Guidance:
+    """Classifier-free guidance with the same weight at every scale, or with one for each; 1 = off."""
+
+    def weights(schedule: Schedule, k: int) -> tuple[float, float]:
+        w = at_scale(weight, schedule, k)
+        return w, 1.0 - w
+
+    return Guidance(weights)
+
+
+def at_scale(value: float | Sequence[float], schedule: Schedule, k: int) -> float:
+    """The number of scale k: `value` itself, or the k-th of one number a scale."""
+    if not isinstance(value, Sequence):
+        return value
+    if len(value) != len(schedule):
+        raise ValueError(f"expected one number, or one for each of {len(schedule)} scales, got {len(value)}: {value}")
+    return value[k]
 
 
 def cfg_ramp(weight: float) -> Guidance:

@@ -12,7 +12,7 @@ from nextscale.model.attention import Cache
 from nextscale.model.condition import Condition
 from nextscale.model.transformer import Prepared
 from nextscale.sampling.guidance import Guidance, cfg_ramp
-from nextscale.sampling.pick import Generators, Pick, ScalePick, top_k_top_p
+from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at, top_k_top_p
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System
 
@@ -76,9 +76,9 @@ def start(
     schedule = schedule or system.schedule
     guidance = guidance or cfg_ramp(system.sampling.guidance)
     pick = pick or top_k_top_p(system.sampling.top_k, system.sampling.top_p)
-    condition = model.conditioner(system.label_ids(labels))
+    condition = system.condition(labels)
     batch = len(condition)
-    null = model.conditioner.null(batch)
+    null = model.conditioner.null(condition)
     branches = guidance.alive(schedule, 0)
     rows = Condition.cat([_dropped(condition, null, guidance.drops[b]) for b in branches])
     return State(
@@ -106,8 +106,7 @@ def step(system: System, state: State) -> State:
     def combine(predictions: Tensor) -> Tensor:
         return state.guidance.combine(predictions, state.branches, schedule, k)
 
-    pick: Pick = state.pick.at(schedule, k) if hasattr(state.pick, "at") else state.pick
-    tokens = system.need_model().head.sample(h, combine, pick, state.generators)
+    tokens = system.need_model().head.sample(h, combine, pick_at(state.pick, schedule, k), state.generators)
     if state.edit is not None:
         tokens = state.edit(tokens, k)
     f_hat = pyramid.add(state.f_hat, tokens, k, schedule)
@@ -115,9 +114,12 @@ def step(system: System, state: State) -> State:
 
 
 def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
-    """All remaining scales. `on_scale(k, images)` gets the image decoded after each scale, [B, 3, H, W] in [-1, 1]."""
+    """All remaining scales but those that the system leaves out.
+
+    `on_scale(k, images)` gets the image decoded after each scale, [B, 3, H, W] in [-1, 1].
+    """
     with torch.inference_mode():
-        while state.k < len(state.schedule):
+        while state.k < len(state.schedule) - system.skipped:
             state = step(system, state)
             if on_scale is not None:
                 on_scale(state.k - 1, system.tokenizer.decode(state.f_hat).clamp(-1, 1))

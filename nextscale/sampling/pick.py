@@ -8,13 +8,14 @@ or one generator for all, which draws in the reference's order. A pick that chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nextscale.sampling.guidance import at_scale
 from nextscale.schedule import Schedule
 
 Generators = torch.Generator | list[torch.Generator]
@@ -82,6 +83,26 @@ class gumbel_soft:  # noqa: N801 - reads as the function that it is to its users
             return ((logits * (1 + progress) + noise) / temperature).softmax(dim=-1)
 
         return pick
+
+
+@dataclass(frozen=True)
+class tempered:  # noqa: N801 - reads as the function that it is to its users
+    """`pick` on logits that are divided by a temperature: one number, or one a scale. Below 1 is sharper."""
+
+    pick: Pick | ScalePick
+    temperature: float | Sequence[float]
+
+    def at(self, schedule: Schedule, k: int) -> Pick:
+        temperature = at_scale(self.temperature, schedule, k)
+        if temperature <= 0:
+            raise ValueError(f"a temperature must be above 0, got {temperature} at scale {k}; use ns.greedy for 0")
+        pick = pick_at(self.pick, schedule, k)
+        return lambda logits, generators: pick(logits / temperature, generators)
+
+
+def pick_at(pick: Pick | ScalePick, schedule: Schedule, k: int) -> Pick:
+    """The pick of scale k."""
+    return pick.at(schedule, k) if hasattr(pick, "at") else pick
 
 
 def filter_logits(logits: Tensor, k: int = 0, p: float = 0.0) -> Tensor:

@@ -18,6 +18,10 @@ class AutoencoderSettings(Settings):
     attention: bool = Field(True, description="self-attention at the lowest resolution")
     groups: int = Field(32, ge=1, description="groups of the group norms")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
+    latent: int | None = Field(
+        None, ge=1, description="channels between autoencoder and pyramid; default: those of a code"
+    )
+    around: int = Field(3, ge=0, description="kernel of the convolutions just before and after the pyramid; 0: none")
 
     @property
     def stride(self) -> int:
@@ -82,9 +86,9 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] to feature maps [B, C, H / stride, W / stride]."""
+    """Images [B, 3, H, W] to feature maps [B, latent, H / stride, W / stride]."""
 
-    def __init__(self, settings: AutoencoderSettings, code_dim: int) -> None:
+    def __init__(self, settings: AutoencoderSettings, latent: int) -> None:
         super().__init__()
         widths = [settings.width * m for m in settings.multipliers]
         self.patch, self.image_channels = settings.patch, settings.image_channels
@@ -99,7 +103,7 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(levels)
         self.middle = _middle(c_in, settings)
         self.norm_out = _norm(c_in, settings)
-        self.conv_out = nn.Conv2d(c_in, code_dim, 3, padding=1)
+        self.conv_out = nn.Conv2d(c_in, latent, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(F.pixel_unshuffle(images, self.patch))
@@ -109,13 +113,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Feature maps [B, C, h, w] to images [B, 3, h * stride, w * stride], not clamped."""
+    """Feature maps [B, latent, h, w] to images [B, 3, h * stride, w * stride], not clamped."""
 
-    def __init__(self, settings: AutoencoderSettings, code_dim: int) -> None:
+    def __init__(self, settings: AutoencoderSettings, latent: int) -> None:
         super().__init__()
         widths = [settings.width * m for m in reversed(settings.multipliers)]
         self.patch = settings.patch
-        self.conv_in = nn.Conv2d(code_dim, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], settings)
         levels = []
         c_in = widths[0]

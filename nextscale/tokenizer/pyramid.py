@@ -1,7 +1,7 @@
 """The bookkeeping between scales, written once: how token maps add up to a feature map, and what the next scale sees."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,9 @@ class PyramidSettings(Settings):
     cosine: bool = Field(False, description="search codes by cosine instead of Euclidean distance")
     phi: int | Literal["each"] = Field(4, description="convolutions shared by the scales; 'each': one for every scale")
     phi_ratio: float = Field(0.5, ge=-1, le=1, description="share of the convolution in phi; 0: phi is the identity")
-    gains: bool = Field(
-        False, description="codes grow with the residuals of each scale, so that every scale can use all"
+    standardize: bool = Field(
+        False, description="standardize the residuals of each scale, so that every scale can use all codes"
     )
-    around: int = Field(3, ge=1, description="kernel of the convolutions just before and after the pyramid")
 
 
 class Encoded(NamedTuple):
@@ -51,19 +50,23 @@ class Phi(nn.Conv2d):
 class ResidualPyramid(nn.Module):
     """VAR's pyramid: a feature map is the sum of K upsampled token maps that share one codebook (Alg. 1, 2 of VAR).
 
-    Residuals of coarse scales are averages, hence short, and near zero there are few codes. With `gains` (not in VAR) the
-    codes of scale k are the shared ones times `gain[k]`, which training keeps at the residuals' standard deviation: every
-    scale then finds all codes at its own size.
+    Residuals of coarse scales are averages, hence short, and near zero there are few codes. With `standardize` (not in
+    VAR) the codes of scale k are the shared ones times `std[k]` plus `mean[k]`, which training keeps at the residuals'
+    own, channel by channel: every scale then finds all codes at its own size and place.
     """
 
     def __init__(self, settings: PyramidSettings, num_scales: int) -> None:
         super().__init__()
+        self.code_dim, self.codes = settings.code_dim, settings.codebook_size
         self.codebook = Codebook(settings.codebook_size, settings.code_dim, settings.cosine)
         count = num_scales if settings.phi == "each" else settings.phi
         ratio = abs(settings.phi_ratio)  # the reference takes the absolute value
         self.each = settings.phi == "each"
-        self.gain: Tensor | None
-        self.register_buffer("gain", torch.ones(num_scales) if settings.gains else None)
+        self.mean: Tensor | None
+        self.std: Tensor | None
+        shape = num_scales, settings.code_dim
+        self.register_buffer("mean", torch.zeros(shape) if settings.standardize else None)
+        self.register_buffer("std", torch.ones(shape) if settings.standardize else None)
         self.phi = nn.ModuleList(Phi(settings.code_dim, ratio) for _ in range(count if ratio else 0))
 
     # ---- the contract: start, add, next_input, encode -------------------------------------------------------------
@@ -119,18 +122,25 @@ class ResidualPyramid(nn.Module):
         f_hat = self.start(len(f), schedule)
         for k in range(len(schedule)):
             small = _area(residual, schedule[k]).flatten(2).mT  # [B, l_k, C]
-            tokens = self.codebook.nearest(small if self.gain is None else small / self.gain[k])
+            tokens = self.codebook.nearest(self.standardized(small, k))
             h = self.contribution(tokens if corrupt is None else corrupt(tokens, k), k, schedule)
             residual = residual - h.detach()
             f_hat = f_hat + (h if keep is None else h * keep[:, k].view(-1, 1, 1, 1))
             yield tokens, f_hat, small
 
+    def standardized(self, residual: Tensor, k: int) -> Tensor:
+        """What is looked up in the codebook for the residuals of scale k, [..., C]."""
+        if self.mean is None or self.std is None:
+            return residual
+        return (residual - self.mean[k]) / self.std[k]
+
     def contribution(self, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the token map of scale k adds to the sum: phi_k(upsample(codes)), [B, C, H, W]."""
-        h = self.codebook.embed(tokens).mT.unflatten(-1, schedule[k])  # [B, C, h_k, w_k]
-        if self.gain is not None:
-            h = h * self.gain[k]
-        if k + 1 < len(schedule):
+        codes = self.codebook.embed(tokens)  # [B, l_k, C]
+        if self.mean is not None and self.std is not None:
+            codes = codes * self.std[k] + self.mean[k]
+        h = codes.mT.unflatten(-1, schedule[k])  # [B, C, h_k, w_k]
+        if schedule[k] != schedule[-1]:
             h = F.interpolate(h, size=schedule[-1], mode="bicubic")  # a = -0.75, half-pixel centres, no antialias
         return self.phi[self.phi_index(k, schedule)](h) if self.phi else h
 
@@ -148,6 +158,20 @@ class ResidualPyramid(nn.Module):
         end = 1 / 3 / count if count == 4 else 1 / 2 / count
         ticks = np.linspace(end, 1 - end, count)
         return int(np.argmin(np.abs(ticks - schedule.progress(k))))
+
+
+@torch.no_grad()
+def teacher_inputs(pyramid: Any, tokens: list[Tensor], schedule: Schedule) -> Tensor | None:
+    """What the transformer reads when all scales are known: inputs of every scale but the first, [B, L - l_0, C].
+
+    `tokens` may be a prefix of the scales; None if it holds the first scale alone.
+    """
+    f_hat = pyramid.start(len(tokens[0]), schedule)
+    inputs = []
+    for k, token_map in enumerate(tokens[:-1]):
+        f_hat = pyramid.add(f_hat, token_map, k, schedule)
+        inputs.append(pyramid.next_input(f_hat, k + 1, schedule))
+    return torch.cat(inputs, dim=1) if inputs else None
 
 
 def _area(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,24 +1,38 @@
 """The tokenizer: images to token maps and back."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.autoencoder import AutoencoderSettings, Decoder, Encoder
-from nextscale.tokenizer.pyramid import Encoded, PyramidSettings, ResidualPyramid
+from nextscale.tokenizer.pyramid import Encoded
 
 
 class Tokenizer(nn.Module):
-    """Encoder, pyramid, decoder. Images are [B, 3, H, W] in [-1, 1]; feature maps [B, C, H / stride, W / stride]."""
+    """Encoder, pyramid, decoder. Images are [B, 3, H, W] in [-1, 1]; feature maps [B, C, H / stride, W / stride].
 
-    def __init__(self, autoencoder: AutoencoderSettings, pyramid: PyramidSettings, num_scales: int) -> None:
+    The pyramid is known by its contract: `start`, `add`, `next_input`, `encode`, and `code_dim`, its channels.
+    """
+
+    def __init__(self, autoencoder: AutoencoderSettings, pyramid: Any) -> None:
         super().__init__()
         self.stride = autoencoder.stride
-        self.encoder = Encoder(autoencoder, pyramid.code_dim)
-        channels, kernel = pyramid.code_dim, pyramid.around
-        self.quant_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        self.pyramid = ResidualPyramid(pyramid, num_scales)
-        self.post_quant_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        self.decoder = Decoder(autoencoder, pyramid.code_dim)
+        self.pyramid: Any = pyramid
+        channels, kernel = pyramid.code_dim, autoencoder.around
+        latent = autoencoder.latent or channels
+        if not kernel and latent != channels:
+            raise ValueError(
+                f"around=0 leaves no convolution between {latent} latent channels and codes of {channels}; give the "
+                "latent as many channels as a code, or around=1"
+            )
+        self.encoder = Encoder(autoencoder, latent)
+        self.quant_conv: nn.Module = nn.Identity()
+        self.post_quant_conv: nn.Module = nn.Identity()
+        if kernel:
+            self.quant_conv = nn.Conv2d(latent, channels, kernel, padding=kernel // 2)
+            self.post_quant_conv = nn.Conv2d(channels, latent, kernel, padding=kernel // 2)
+        self.decoder = Decoder(autoencoder, latent)
 
     def features(self, images: Tensor) -> Tensor:
         """The feature map that is quantized, float32 [B, C, H / stride, W / stride]."""

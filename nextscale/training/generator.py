@@ -10,11 +10,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.sampling.loop import sample
-from nextscale.system import System, teacher_inputs
-from nextscale.training.loop import adamw, descend
+from nextscale.system import System
+from nextscale.training.encoded import EncodedImages
+from nextscale.training.loop import adamw, autocast, descend
 from nextscale.training.objective import drop_condition
 from nextscale.training.settings import GeneratorLoss, TrainConfig
-from nextscale.training.tokens import TokenDataset
 
 # As in the reference: tables and scales are added or multiplied, so decay would only pull them to zero.
 NO_DECAY = ("positions", "offset", "log_scale")
@@ -43,33 +43,46 @@ class GeneratorTask:
     """A transformer, its optimizer and its objective (`Task` of the loop)."""
 
     def __init__(
-        self, system: System, config: TrainConfig, loss: GeneratorLoss, val: TokenDataset | None, pictures: int = 48
+        self,
+        system: System,
+        config: TrainConfig,
+        loss: GeneratorLoss,
+        data: EncodedImages,
+        val: EncodedImages | None,
+        pictures: int = 48,
     ) -> None:
         self.system = system.to(config.device)
         self.module = system.need_model()
-        self.config, self.loss, self.val, self.count = config, loss, val, pictures
+        self.config, self.loss, self.data, self.val, self.count = config, loss, data, val, pictures
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
 
     def step(self, batch: dict[str, Any], step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        model, schedule = self.module, self.system.schedule
-        newest, weight = stage(self.loss, self.config, len(schedule), step)
-        span = schedule.span(0, newest + 1)
-        targets = batch["tokens"][:, : span.end].to(self.config.device)  # [B, l]; l = L but in progressive stages
-        token_maps = list(targets.split(span.lengths, dim=1))
-        inputs = teacher_inputs(self.system.tokenizer.pyramid, token_maps, schedule)
-        labels = self.pick_labels(batch["labels"], generator).to(self.config.device)
-        condition = drop_condition(
-            model.conditioner(labels), model.conditioner.null(len(labels)), self.loss.drop_condition, generator
+        system, model = self.system, self.module
+        content = batch["content"].to(self.config.device)
+        schedule, inputs, targets, weights = system.objective.batch(
+            system.tokenizer.pyramid, content, system.schedule, generator
         )
-        h = model.hidden(inputs, model.prepare(condition), span)
-        losses = model.head.loss(h, targets, label_smoothing=self.loss.label_smoothing)  # [B, l]
+        newest, weight = stage(self.loss, self.config, len(schedule), step)
+        span = schedule.span(0, newest + 1)  # all scales but in progressive stages
+        targets = targets[:, : span.end]
+        inputs = None if inputs is None or not newest else inputs[:, : span.end - span.lengths[0]]
+        labels = self.data.values(self.pick_labels(batch["labels"], generator))
+        with autocast(self.config):
+            condition = system.condition(labels)
+            condition = drop_condition(
+                condition, model.conditioner.null(condition), self.loss.drop_condition, generator
+            )
+            h = model.hidden(inputs, model.prepare(condition), span)
+            losses = model.head.loss(h, targets, label_smoothing=self.loss.label_smoothing)  # [B, l]
         parts = losses.split(span.lengths, dim=1)
-        # Every token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
-        weights = [1.0] * newest + [weight]
-        loss = torch.stack([part.sum(dim=1) * w for part, w in zip(parts, weights, strict=True)]).sum(0).mean()
+        per_scale = {f"loss/{k}": part.detach().mean() for k, part in enumerate(parts)}
+        if weights is not None:
+            parts = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
+        # A token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
+        warm = [1.0] * newest + [weight]
+        loss = torch.stack([part.sum(dim=1) * w for part, w in zip(parts, warm, strict=True)]).sum(0).mean()
         loss = loss / schedule.length
         norm = descend(model, self.optimizers["model"], loss, self.config.clip)
-        per_scale = {f"loss/{k}": part.detach().mean() for k, part in enumerate(parts)}
         return {"loss": loss.detach(), "grad_norm": norm, **per_scale}
 
     def pick_labels(self, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,18 +93,14 @@ class GeneratorTask:
     def validate(self, module: nn.Module) -> dict[str, float]:
         if self.val is None:
             return {}
-        return evaluate_likelihood(self.shown(module), self.val.tokens, self.val.labels[:, 0]).metrics()
+        labels = self.val.values(self.val.labels[:, 0])
+        return evaluate_likelihood(self.system.with_model(module), self.val.content, labels).metrics()
 
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
-        """Samples of the first classes in turn, with the same seeds each time."""
-        num_classes = self.module.conditioner.num_classes
-        shown = min(num_classes, 12)
-        return {"samples": sample(self.shown(module), [i % shown for i in range(self.count)], seed=0)}
+        """Samples of the first labels in turn, with the same seeds each time."""
+        first = self.data.labels[:, 0].unique()[:12]
+        labels = self.data.values(first.repeat(-(-self.count // len(first)))[: self.count])
+        return {"samples": sample(self.system.with_model(module), labels, seed=0)}
 
     def averaged(self, ema: AveragedModel | None, step: int) -> None:
         """Nothing is left to copy."""
-
-    def shown(self, module: nn.Module) -> System:
-        """The system with `module` (the averaged weights) as its model."""
-        s = self.system
-        return System(s.recipe, s.config, s.schedule, s.tokenizer, module, s.classes, s.sampling)

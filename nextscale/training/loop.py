@@ -108,6 +108,12 @@ def set_rates(optimizers: Mapping[str, Optimizer], config: TrainConfig, step: in
     return lr
 
 
+def autocast(config: TrainConfig) -> torch.autocast:
+    """The context in which a model runs forward: matrix products and convolutions in the precision of the run."""
+    dtype = getattr(torch, config.precision)
+    return torch.autocast(torch.device(config.device).type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def descend(module: nn.Module, optimizer: Optimizer, loss: Tensor, clip: float) -> Tensor:
     """One optimizer step on a loss; returns the gradient norm before clipping."""
     optimizer.zero_grad(set_to_none=True)

@@ -31,6 +31,9 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and every draw")
     workers: int = Field(0, ge=0, description="processes that load images; 0: the main one")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, mps")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of matrix products and convolutions; weights, losses and codes stay float32"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     validate_every: int = Field(500, ge=1, description="steps between validations, with pictures")

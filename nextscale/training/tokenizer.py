@@ -22,8 +22,10 @@ from nextscale.tokenizer.discriminator import (
 )
 from nextscale.tokenizer.perceptual import Perceptual
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.loop import adamw, descend
+from nextscale.training.loop import adamw, autocast, descend
 from nextscale.training.settings import TokenizerLoss, TrainConfig
+
+MIN_STD = 1e-3  # of residuals that the pyramid standardizes: a channel that is always the same must not divide by zero
 
 
 class TokenizerTask:
@@ -65,14 +67,16 @@ class TokenizerTask:
         if quantize and self.loss.init_codes and not self.module.get_buffer("usage").any():
             self.init_codes(self.first_images().to(self.config.device), generator)
 
-        f = self.tokenizer.features(images)
+        with autocast(self.config):
+            f = self.tokenizer.features(images)
         metrics: dict[str, Tensor | float] = {}
         if quantize:
-            f_hat, codebook_loss, tokens, sizes = self.quantize(f, generator)
+            f_hat, codebook_loss, tokens, residuals = self.quantize(f, generator)
             metrics |= self.count(tokens)
         else:
             f_hat, codebook_loss = f, f.new_zeros(())
-        recon = self.tokenizer.decode(f_hat)
+        with autocast(self.config):
+            recon = self.tokenizer.decode(f_hat).float()
 
         l1, l2 = F.l1_loss(recon, images), F.mse_loss(recon, images)
         total = self.loss.l1 * l1 + self.loss.l2 * l2
@@ -87,18 +91,18 @@ class TokenizerTask:
         total = total + self.loss.codebook * codebook_loss
         metrics["loss"] = total.detach()
         metrics["grad_norm"] = descend(self.tokenizer, self.optimizers["tokenizer"], total, self.config.clip)
-        if quantize and self.tokenizer.pyramid.gain is not None:  # after backward, which still needs the old ones
-            self.tokenizer.pyramid.gain.lerp_(torch.stack(sizes), 0.01)
+        if quantize:  # after backward, which still needs the old ones
+            self.follow(residuals)
         if adversarial > 0:
             metrics["discriminator"] = self.judge(images, recon.detach())
         if self.due_restart(step, begun, quantize):
-            metrics["restarted"] = self.restart(f.detach(), generator)
+            metrics["restarted"] = self.restart(residuals, generator)
         return metrics
 
     def quantize(self, f: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Straight-through quantized features, codebook and commitment loss, tokens, size of each scale's residual."""
+        """Straight-through quantized features, codebook and commitment loss, tokens and residuals of each scale."""
         keep = self.kept_scales(len(f), generator).to(f)
-        loss, tokens, sizes, f_hat = f.new_zeros(()), [], [], f
+        loss, tokens, residuals, f_hat = f.new_zeros(()), [], [], f
         for k, (token_map, f_hat, small) in enumerate(self.tokenizer.pyramid.walk(f, self.schedule, keep=keep)):
             # The terms of VAR, on the running sum at every scale; images that drop scale k are left out of its term.
             weight = keep[:, k] / keep[:, k].sum().clamp(min=1)
@@ -106,8 +110,8 @@ class TokenizerTask:
             follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
             loss = loss + self.loss.beta * commit + follow
             tokens.append(token_map)
-            sizes.append(small.std())
-        return f + (f_hat - f).detach(), loss / len(self.schedule), tokens, sizes
+            residuals.append(small)
+        return f + (f_hat - f).detach(), loss / len(self.schedule), tokens, residuals
 
     def kept_scales(self, batch: int, generator: torch.Generator) -> Tensor:
         """Prefix dropout: a share of the images keeps only its first n scales, n uniform. Bool [B, K]."""
@@ -154,14 +158,25 @@ class TokenizerTask:
         f_hat, filled = pyramid.start(len(f), self.schedule), 0
         for k, count in enumerate(counts.tolist()):
             rows = pyramid.next_input(f - f_hat, k, self.schedule).reshape(-1, f.shape[1])
-            if pyramid.gain is not None:
-                pyramid.gain[k] = rows.std()
-                rows = rows / pyramid.gain[k]
+            if pyramid.mean is not None and pyramid.std is not None:
+                pyramid.mean[k], pyramid.std[k] = rows.mean(dim=0), rows.std(dim=0).clamp(min=MIN_STD)
+                rows = pyramid.standardized(rows, k)
             codes[filled : filled + count] = _kmeans(rows, count, generator)
             # Quantize with the codes of this scale alone: the others are not set yet.
             ids = torch.cdist(rows, codes[filled : filled + count]).argmin(dim=1).view(len(f), -1) + filled
             f_hat = pyramid.add(f_hat, ids, k, self.schedule)
             filled += count
+
+    @torch.no_grad()
+    def follow(self, residuals: list[Tensor]) -> None:
+        """Move the pyramid's means and standard deviations towards those of a batch's residuals."""
+        pyramid = self.tokenizer.pyramid
+        if pyramid.mean is None or pyramid.std is None:
+            return
+        for mean, std, small in zip(pyramid.mean, pyramid.std, residuals, strict=True):
+            rows = small.flatten(0, 1)  # [B * l_k, C]
+            mean.lerp_(rows.mean(dim=0), 0.01)
+            std.lerp_((rows - mean).square().mean(dim=0).sqrt(), 0.01).clamp_(min=MIN_STD)
 
     @torch.no_grad()
     def count(self, tokens: list[Tensor]) -> dict[str, float]:
@@ -181,8 +196,11 @@ class TokenizerTask:
         return bool(quantize and every and (step + 1) % every == 0 and begun < self.loss.restart_until)
 
     @torch.no_grad()
-    def restart(self, f: Tensor, generator: torch.Generator) -> float:
-        """Move dead codes onto residual vectors of the scale that uses its codes least; returns how many."""
+    def restart(self, residuals: list[Tensor], generator: torch.Generator) -> float:
+        """Move dead codes onto residuals of the scale that uses its codes least; returns how many.
+
+        `residuals`: [B, l_k, C] of each scale.
+        """
         usage = self.module.get_buffer("usage")
         codes = self.tokenizer.pyramid.codebook.weight
         weights = torch.tensor(self.schedule.lengths, device=usage.device, dtype=usage.dtype)
@@ -191,14 +209,9 @@ class TokenizerTask:
         if len(dead) == 0:
             return 0.0
         entropy = torch.special.entr(usage).sum(1)
-        attainable = torch.log(torch.clamp(weights * len(f), max=len(codes)))
+        attainable = torch.log(torch.clamp(weights * len(residuals[0]), max=len(codes)))
         k = 1 + int((entropy / attainable)[1:].argmin()) if len(self.schedule) > 1 else 0
-        encoded = self.tokenizer.pyramid.encode(f, self.schedule)
-        before = encoded.f_hats[k - 1] if k else torch.zeros_like(f)
-        pyramid = self.tokenizer.pyramid
-        rows = pyramid.next_input(f - before, k, self.schedule).reshape(-1, f.shape[1])
-        if pyramid.gain is not None:
-            rows = rows / pyramid.gain[k]
+        rows = self.tokenizer.pyramid.standardized(residuals[k], k).flatten(0, 1)
         dead = dead[torch.randperm(len(dead), generator=generator)[: len(rows)]]
         codes[dead] = rows[torch.randperm(len(rows), generator=generator)[: len(dead)]]
         for moment in self.optimizers["tokenizer"].state[codes].values():

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from nextscale.checkpoint import save
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.system import System
+from nextscale.training.encoded import encode_images
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.loop import collate, fit, generator_for
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.tokenizer import TokenizerTask
-from nextscale.training.tokens import encode_tokens
 
 
 def train_tokenizer(
@@ -40,6 +40,11 @@ def train_tokenizer(
 
     Returns the system, with the averaged weights.
     """
+    if not hasattr(system.tokenizer.pyramid, "walk"):
+        raise ValueError(
+            f"train_tokenizer trains residual pyramids with a codebook; that of the recipe {system.recipe!r} is of another "
+            "kind and needs weights from elsewhere"
+        )
     _use_threads(config)
     out = Path(out)
     _check_size(system, data, augmentation)
@@ -71,8 +76,9 @@ def train_model(
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
 
     Args:
-        data, val, out, augmentation: as for `train_tokenizer`; items also have `label`, and may have `labels`: several
-            class numbers that fit the image, of which training picks one at random.
+        data, val, out, augmentation: as for `train_tokenizer`; items also have what the system's reader wants: `label`, a
+            class number, or `caption`; or `labels` or `captions`, several that fit the image, of which training picks
+            one at random.
         views: augmented versions of each image that are encoded, once, before training.
 
     Returns the system, with the averaged weights.
@@ -82,15 +88,24 @@ def train_model(
     system.need_model()
     _check_size(system, data, augmentation)
     system.to(config.device)
-    tokens = encode_tokens(
-        system, data, out / "tokens.safetensors", views=views, augmentation=augmentation, seed=config.seed
+    encoded = encode_images(
+        system,
+        data,
+        out / "encoded.safetensors",
+        kind=system.objective.cached,
+        views=views,
+        augmentation=augmentation,
+        seed=config.seed,
     )
-    known, most = system.need_model().conditioner.num_classes, int(tokens.labels.max())
-    if most >= known:
-        raise ValueError(f"the data has class number {most}, but the model knows {known} classes; build it with more")
-    held_out = None if val is None else encode_tokens(system, val, out / "tokens-val.safetensors")
-    task = GeneratorTask(system, config, loss, held_out)
-    module = fit(task, tokens, config, out, "generator")
+    if encoded.texts is None:
+        known, most = system.need_model().conditioner.num_classes, int(encoded.labels.max())
+        if most >= known:
+            raise ValueError(
+                f"the data has class number {most}, but the model knows {known} classes; build it with more"
+            )
+    held_out = None if val is None else encode_images(system, val, out / "encoded-val.safetensors")
+    task = GeneratorTask(system, config, loss, encoded, held_out)
+    module = fit(task, encoded, config, out, "generator")
     system.need_model().load_state_dict(module.state_dict())
     save(system, out / "system")
     return system.eval()

@@ -30,7 +30,7 @@ from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
-from nextscale.tokenizer.pyramid import PyramidSettings
+from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.settings import TrainConfig
 
@@ -75,12 +75,12 @@ def tiny(**changes: object) -> Config:
 
 
 def emoji_64(**changes: object) -> Config:
-    """The shipped system `emoji-64`: 64x64 pixels on a stride of 8, 130 tokens."""
+    """The shipped system `emoji-64`: 64x64 pixels on a stride of 8, 167 tokens."""
     settings: dict[str, object] = {
-        "sizes": (1, 2, 3, 4, 6, 8),
+        "sizes": (1, 2, 3, 5, 8, 8),
         "num_classes": 0,
         "autoencoder": AutoencoderSettings(patch=4, width=96, multipliers=(1, 1), groups=16, attention=False),
-        "pyramid": PyramidSettings(codebook_size=512, code_dim=16, gains=True),
+        "pyramid": PyramidSettings(codebook_size=512, code_dim=16, standardize=True),
         "transformer": TransformerSettings(
             depth=8, dim=192, num_heads=6, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
@@ -89,19 +89,19 @@ def emoji_64(**changes: object) -> Config:
     return Config.model_validate(settings | changes)
 
 
-def build(config: Config, seed: int = 0) -> System:
-    """A system with initial weights that follow from `seed`; without classes it has a tokenizer and no model."""
+def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
+    """A system with initial weights that follow from `seed`; with `model=False`, or without classes, a tokenizer alone."""
     if config.classes and config.num_classes != len(config.classes):
         raise ValueError(
             f"num_classes is {config.num_classes}, but there are {len(config.classes)} class names; give one number"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = Tokenizer(config.autoencoder, config.pyramid, len(config.schedule))
-        model = build_model(config) if config.num_classes else None
-    if model is not None:
-        model.reset_parameters(torch.Generator().manual_seed(seed))
-    return System("var", config, config.schedule, tokenizer, model, config.classes, config.sampling)
+        tokenizer = Tokenizer(config.autoencoder, ResidualPyramid(config.pyramid, len(config.schedule)))
+        transformer = build_model(config) if model and config.num_classes else None
+    if transformer is not None:
+        transformer.reset_parameters(torch.Generator().manual_seed(seed))
+    return System("var", config, config.schedule, tokenizer, transformer, config.classes, config.sampling)
 
 
 def build_model(config: Config) -> Transformer:
@@ -223,14 +223,13 @@ def official_config(vae_args: Mapping[str, Any], var_args: Mapping[str, Any]) ->
     return Config(
         sizes=tuple(var["patch_nums"]),
         num_classes=var["num_classes"],
-        autoencoder=AutoencoderSettings(width=vae["ch"], dropout=vae["dropout"]),
+        autoencoder=AutoencoderSettings(width=vae["ch"], dropout=vae["dropout"], around=vae["quant_conv_ks"]),
         pyramid=PyramidSettings(
             codebook_size=vae["vocab_size"],
             code_dim=vae["z_channels"],
             cosine=vae["using_znorm"],
             phi=vae["share_quant_resi"] or "each",
             phi_ratio=vae["quant_resi"],
-            around=vae["quant_conv_ks"],
         ),
         transformer=TransformerSettings(
             depth=var["depth"],
@@ -259,7 +258,7 @@ def official_args(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "ch": a.width,
         "dropout": a.dropout,
         "using_znorm": p.cosine,
-        "quant_conv_ks": p.around,
+        "quant_conv_ks": a.around,
         "quant_resi": p.phi_ratio,
         "share_quant_resi": 0 if p.phi == "each" else p.phi,
         "v_patch_nums": tuple(sides),
