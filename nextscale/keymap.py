@@ -27,20 +27,25 @@ ORDER = (
 PLACE = {word: place for place, word in enumerate(ORDER.split())}
 
 
+# Our key name to the official one, or to those of several entries that follow each other in our tensor's first dimension.
+Rename = Callable[[str], str | tuple[str, ...]]
+
+
 def fill(
     module: nn.Module,
     state: Mapping[str, Tensor],
     layout: Mapping[str, Tensor],
-    official: Callable[[str], str],
+    official: Rename,
     source: str,
     complete: bool,
 ) -> None:
     """Fill a module from official entries, which must have the names, shapes and derived values of `layout`."""
     ours = module.state_dict()
-    names = {official(key): key for key in ours}
+    parts = {key: _names(official, key) for key in ours}
+    names = {name for several in parts.values() for name in several}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {name: tuple(t.shape) for name, t in layout.items() if complete or name in names or name in state}
-    if USAGE in got and got[USAGE][1:] == tuple(layout[USAGE].shape[1:]):
+    if USAGE in got and USAGE in layout and got[USAGE][1:] == tuple(layout[USAGE].shape[1:]):
         expected[USAGE] = got[USAGE]  # it may be of another schedule, as in the reference
     explain_mismatch(got, expected, source, most=None)
     for name, tensor in state.items():
@@ -52,14 +57,21 @@ def fill(
                 f"{name} in {source} does not hold what follows from the model's settings; the file is damaged or comes "
                 "from changed code, so its weights would compute something else here"
             )
-    loaded = {key: state[name].detach().float().reshape(ours[key].shape).contiguous() for name, key in names.items()}
+    loaded = {}
+    for key, several in parts.items():
+        tensors = [state[name].detach().float() for name in several]
+        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # one alone may stay mapped to its file
+        loaded[key] = whole.reshape(ours[key].shape).contiguous()
     module.load_state_dict(loaded, assign=True)
     module.requires_grad_(True)
 
 
-def renamed(module: nn.Module, official: Callable[[str], str]) -> dict[str, Tensor]:
+def renamed(module: nn.Module, official: Rename) -> dict[str, Tensor]:
     """A module's entries under official names and in official shapes, which have more dimensions of size 1."""
-    state = {official(key): tensor.detach() for key, tensor in module.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for key, tensor in module.state_dict().items():
+        names = _names(official, key)
+        state |= zip(names, tensor.detach().chunk(len(names)), strict=True)
     for name, tensor in state.items():
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("pos_start", "pos_1LC"):
@@ -69,6 +81,11 @@ def renamed(module: nn.Module, official: Callable[[str], str]) -> dict[str, Tens
         elif leaf == "ada_gss":
             state[name] = tensor.view(1, 1, *tensor.shape[::2])  # [1, 1, 6, D]
     return state
+
+
+def _names(official: Rename, key: str) -> tuple[str, ...]:
+    found = official(key)
+    return (found,) if isinstance(found, str) else found
 
 
 def ordered(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,25 +137,36 @@ def tokenizer_key(tokenizer: Tokenizer, phi: int | str) -> Callable[[str], str]:
         (r"\.shortcut\.", ".nin_shortcut."),
         (r"(attn[_.]\d\.)proj\.", r"\1proj_out."),
     )
-    places = {}  # of our levels' layers: their names in the reference, which keeps blocks and attentions in two lists
+    last = len(tokenizer.encoder.levels) - 1
+    levels = rename_levels(
+        tokenizer, lambda side, i: f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}", "block"
+    )
+    return lambda key: _rewrite(levels(key), rules)
+
+
+def rename_levels(tokenizer: Tokenizer, level: Callable[[str, int], str], block: str) -> Callable[[str], str]:
+    """Our names of the layers of levels to those of code that keeps a level's residual blocks and attentions in two lists.
+
+    `level(side, i)`: its name of the i-th level of the encoder or decoder, in the order of processing; `block`: of the list
+    of residual blocks.
+    """
+    places = {}
     for side, part in (("encoder", tokenizer.encoder), ("decoder", tokenizer.decoder)):
         levels: Any = part.levels
-        count = len(levels)
-        for i, level in enumerate(levels):
-            name = f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{count - 1 - i}"
+        for i, layers in enumerate(levels):
             blocks = attentions = 0
-            for j, layer in enumerate(level):
+            for j, layer in enumerate(layers):
                 if isinstance(layer, SpatialAttention):
                     place, attentions = f"attn.{attentions}", attentions + 1
                 elif hasattr(layer, "conv1"):
-                    place, blocks = f"block.{blocks}", blocks + 1
+                    place, blocks = f"{block}.{blocks}", blocks + 1
                 else:
                     place = "downsample" if side == "encoder" else "upsample"
-                places[f"{side}.levels.{i}.{j}."] = f"{name}.{place}."
+                places[f"{side}.levels.{i}.{j}."] = f"{level(side, i)}.{place}."
 
     def rename(key: str) -> str:
         if found := re.match(r"(en|de)coder\.levels\.\d+\.\d+\.", key):
             key = places[found.group()] + key[found.end() :]
-        return _rewrite(key, rules)
+        return key
 
     return rename
