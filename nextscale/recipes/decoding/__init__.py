@@ -1,0 +1,1 @@
+"""Faster decoding of trained systems: `apply(system, config)` gives a system that shares all weights."""
