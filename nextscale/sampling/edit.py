@@ -124,7 +124,7 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
     All tokens are drawn as ever and some then overwritten, so the stream of random numbers is that of plain sampling.
 
     Args:
-        source: token maps of K scales, int64 [B, l_k]; one row serves any number of images.
+        source: token maps of K scales, int64 [B, l_k] (of bits [B, l_k, d]); one row serves any number of images.
         keep: True = the source's token, bool [B, l_k] or [1, l_k] a scale (see `keep_masks`).
     """
 
@@ -133,7 +133,7 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
 
     def __post_init__(self) -> None:
         got = [(list(t.shape), list(m.shape)) for t, m in zip(self.source, self.keep, strict=False)]
-        fits = all(t[1:] == m[1:] and len({t[0], m[0]} - {1}) <= 1 for t, m in got)
+        fits = all(t[1:2] == m[1:] and len({t[0], m[0]} - {1}) <= 1 for t, m in got)
         if len(self.source) != len(self.keep) or not fits or any(m.dtype != torch.bool for m in self.keep):
             raise ValueError(
                 "keep_tokens needs a token map [B, l_k] and a bool mask [B, l_k] or [1, l_k] for each scale, got "
@@ -146,7 +146,7 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
         if tokens.is_floating_point():  # soft weights [B, l_k, V]: all the weight on the source's token
             one_hot = F.one_hot(source, tokens.shape[-1]).to(tokens.dtype)
             return torch.where(keep[..., None], one_hot, tokens)
-        return torch.where(keep, source, tokens)
+        return torch.where(keep[..., None] if source.ndim > keep.ndim else keep, source, tokens)
 
     def select(self, rows: Tensor) -> keep_tokens:
         """The edit of chosen images, for `State.select`; a single row goes on to serve all."""
@@ -261,7 +261,8 @@ def _prepare(
             f"`ns.read_images(paths, size=({height}, {width}))`"
         )
     rows = _one_each(labels, len(x))
-    system.label_ids(rows)
+    if system.reader is None:
+        system.label_ids(rows)  # raises for those that it does not have
     generate = generated_tokens(system, len(x), mask, box, inside=inside)
     return rows, keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=keep_coarsest))
 

