@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import nextscale as ns
 from nextscale.model.attention import LayerCache
 from nextscale.recipes.decoding import fastvar
-from nextscale.recipes.generators import var
+from nextscale.recipes.generators import infinity, var
 from nextscale.schedule import Schedule
 
 LABELS = [0, 1, None]
@@ -41,6 +41,17 @@ def test_pruning_changes_the_last_scales_only_and_leaves_the_system_alone(system
     assert all(torch.equal(a, b) for a, b in zip(before[:-1], pruned[:-1], strict=True))
     assert not torch.equal(before[-1], pruned[-1])
     assert all(torch.equal(a, b) for a, b in zip(before, logits(system), strict=True))
+
+
+def test_text_and_rotary_positions_go_with_the_kept_tokens():
+    text = infinity.build(infinity.tiny(), seed=1)
+    prompts = ["a red apple", "a cat", None]
+    dense = ns.sample(text, prompts, seed=3)
+    assert torch.equal(ns.sample(fastvar.apply(text, fastvar.Config(ratios=(0.0,))), prompts, seed=3), dense)
+    with torch.inference_mode():
+        faster = fastvar.apply(text, fastvar.Config(ratios=(0.5,)))
+        state = ns.run(faster, ns.start(faster, prompts, seed=3))
+    assert [layer.length for layer in state.cache.layers] == [14 + 8] * 2
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.4, 0.75])

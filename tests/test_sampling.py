@@ -5,6 +5,7 @@ import torch
 from small import small
 
 import nextscale as ns
+from nextscale.model.block import replaced
 from nextscale.recipes.generators import var
 from nextscale.sampling.pick import filter_logits
 from nextscale.schedule import Schedule
@@ -185,7 +186,9 @@ def test_a_weight_and_a_temperature_for_each_scale():
 
 def test_wrapped_models_share_weights_and_leave_the_first_alone():
     system = var.build(small(), seed=1)
-    blocks = [block.with_branches(reversed(list(block.branches))) for block in system.model.blocks]
+    blocks = [
+        replaced(block, branches=torch.nn.ModuleList(reversed(list(block.branches)))) for block in system.model.blocks
+    ]
     other = system.model.with_blocks(blocks)
     assert {id(p) for p in other.parameters()} == {id(p) for p in system.model.parameters()}
     assert other.blocks[0].branches[0] is system.model.blocks[0].branches[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -125,10 +124,6 @@ class Block(nn.Module):
         for branch, own in zip(self.branches, prepared, strict=True):
             h = h + branch(h, own, span, cache)
         return h
-
-    def with_branches(self, branches: Iterable[nn.Module]) -> Block:
-        """A block that shares all weights with this one but has these branches: how methods wrap branches from outside."""
-        return replaced(self, branches=nn.ModuleList(branches))
 
     @torch.no_grad()
     def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:

@@ -23,6 +23,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nextscale.model.attention import LayerCache
+from nextscale.model.block import replaced
+from nextscale.model.condition import Condition
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System
@@ -89,7 +91,7 @@ def apply(system: System, config: Config = Config()) -> System:
 
 
 def _pruned(block: Any, config: Config) -> nn.Module:
-    return block.with_branches(PrunedBranch(branch, i, config) for i, branch in enumerate(block.branches))
+    return replaced(block, branches=nn.ModuleList(PrunedBranch(b, i, config) for i, b in enumerate(block.branches)))
 
 
 class PrunedBranch(nn.Module):
@@ -97,7 +99,12 @@ class PrunedBranch(nn.Module):
 
     def __init__(self, branch: nn.Module, place: int, config: Config) -> None:
         super().__init__()
-        self.branch, self.place, self.config = branch, place, config
+        self.branch: Any = branch
+        self.place, self.config = place, config
+
+    def prepare(self, condition: Condition) -> Any:
+        """Cross-attention prepares its own part."""
+        return self.branch.prepare(condition)
 
     def forward(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
         """As the branch itself: h [B, l, D] to what is added to it, [B, l, D]."""
