@@ -6,7 +6,7 @@ The forks of that code keep its names, so recipes share this map.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def ordered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in sorted(state, key=place)}
 
 
-def _rewrite(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+def rewrite(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
@@ -121,7 +121,7 @@ MODEL_KEYS = (
 
 def model_key(key: str) -> str:
     """Our transformer's key names to the reference's."""
-    return _rewrite(key, MODEL_KEYS)
+    return rewrite(key, MODEL_KEYS)
 
 
 def tokenizer_key(tokenizer: Tokenizer, phi: int | str) -> Callable[[str], str]:
@@ -137,11 +137,25 @@ def tokenizer_key(tokenizer: Tokenizer, phi: int | str) -> Callable[[str], str]:
         (r"\.shortcut\.", ".nin_shortcut."),
         (r"(attn[_.]\d\.)proj\.", r"\1proj_out."),
     )
+    levels = down_up_levels(tokenizer)
+    return lambda key: rewrite(levels(key), rules)
+
+
+def down_up_levels(tokenizer: Tokenizer) -> Callable[[str], str]:
+    """`rename_levels` for the names that go back to latent diffusion: `down`, and `up` counted from its end."""
     last = len(tokenizer.encoder.levels) - 1
-    levels = rename_levels(
+    return rename_levels(
         tokenizer, lambda side, i: f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}", "block"
     )
-    return lambda key: _rewrite(levels(key), rules)
+
+
+def with_defaults(
+    args: Mapping[str, Any], defaults: dict[str, Any], what: str, ignored: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """Arguments of somebody's constructor with its defaults; `ignored` ones, which change no number, are left out."""
+    if unknown := set(args) - set(defaults) - ignored:
+        raise ValueError(f"unknown arguments of the {what}: {sorted(unknown)}; it has {sorted({*defaults, *ignored})}")
+    return defaults | {name: value for name, value in args.items() if name in defaults}
 
 
 def rename_levels(tokenizer: Tokenizer, level: Callable[[str, int], str], block: str) -> Callable[[str], str]:

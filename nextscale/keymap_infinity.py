@@ -6,10 +6,10 @@ Facts of github.com/FoundationVision/Infinity (MIT). Methods that build on that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from nextscale.keymap import _rewrite, rename_levels
+from nextscale.keymap import down_up_levels, rewrite
 from nextscale.tokenizer.tokenizer import Tokenizer
 
 # Arguments of the official tokenizer (`vae_model`; the last two are set inside it) and of its class Infinity, with their
@@ -117,22 +117,10 @@ def model_key(depth: int, chunks: int) -> Callable[[str], str]:
         i = int(found.group(1))
         return found.group() if chunks == 1 else f"block_chunks.{i // size}.module.{i % size}."
 
-    return lambda key: re.sub(r"^blocks\.(\d+)\.", place, _rewrite(key, KEYS))
+    return lambda key: re.sub(r"^blocks\.(\d+)\.", place, rewrite(key, KEYS))
 
 
 def tokenizer_key(tokenizer: Tokenizer) -> Callable[[str], str]:
     """Our tokenizer's key names to the official ones."""
-    last = len(tokenizer.encoder.levels) - 1
-    levels = rename_levels(
-        tokenizer, lambda side, i: f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}", "block"
-    )
-    return lambda key: _rewrite(levels(key), TOKENIZER_KEYS)
-
-
-def with_defaults(args: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
-    """Arguments of an official constructor with its defaults; those that change no number are left out."""
-    if unknown := set(args) - set(defaults) - IGNORED:
-        raise ValueError(
-            f"unknown arguments of the official {what}: {sorted(unknown)}; it has {sorted({*defaults, *IGNORED})}"
-        )
-    return defaults | {name: value for name, value in args.items() if name in defaults}
+    levels = down_up_levels(tokenizer)
+    return lambda key: rewrite(levels(key), TOKENIZER_KEYS)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from nextscale.keymap import Rename, _rewrite, fill, model_key, ordered, rename_levels, renamed
+from nextscale.keymap import Rename, fill, model_key, ordered, rename_levels, renamed, rewrite, with_defaults
 from nextscale.model.condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.init import var_normal_
@@ -474,7 +474,10 @@ def to_official(system: System) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def official_config(vae_args: Mapping[str, Any], var_args: Mapping[str, Any]) -> Config:
     """Our settings for the official constructors' arguments."""
-    vae, var = _with_defaults(vae_args, VAE_ARGS, "VQModel"), _with_defaults(var_args, VAR_ARGS, "FlexVAR")
+    vae, var = (
+        with_defaults(vae_args, VAE_ARGS, "official VQModel"),
+        with_defaults(var_args, VAR_ARGS, "official FlexVAR"),
+    )
     if tuple(vae["encoder_ch_mult"]) != tuple(vae["decoder_ch_mult"]):
         raise ValueError(
             f"encoder and decoder must have the same levels, got encoder_ch_mult={vae['encoder_ch_mult']} and "
@@ -509,12 +512,6 @@ def official_config(vae_args: Mapping[str, Any], var_args: Mapping[str, Any]) ->
     )
 
 
-def _with_defaults(args: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
-    if unknown := set(args) - set(defaults):
-        raise ValueError(f"unknown arguments of the official {what}: {sorted(unknown)}; it has {sorted(defaults)}")
-    return defaults | dict(args)
-
-
 def _check_official(config: Config) -> None:
     fixed = {"image_channels": 3, "patch": 1, "blocks": 2, "attention": True, "groups": 32, "around": 1}
     wrong = [f"autoencoder.{name}" for name, value in fixed.items() if getattr(config.autoencoder, name) != value]
@@ -536,7 +533,7 @@ def _tokenizer_key(tokenizer: Tokenizer) -> Rename:
     )
 
     def rename(key: str) -> str | tuple[str, ...]:
-        name = _rewrite(levels(key), rules)
+        name = rewrite(levels(key), rules)
         return tuple(name.replace(".qkv.", f".{part}.") for part in "qkv") if ".qkv." in name else name
 
     return rename

@@ -24,15 +24,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nextscale.data.text import HashWords, MiniLM, T5Encoder, TextEncoder
-from nextscale.keymap import fill, renamed
+from nextscale.keymap import fill, renamed, with_defaults
 from nextscale.keymap_infinity import (
     FIXED,
+    IGNORED,
     MODEL_ARGS,
     PUBLISHED_ARGS,
     VAE_ARGS,
     model_key,
     tokenizer_key,
-    with_defaults,
 )
 from nextscale.model.bit_head import BitHead
 from nextscale.model.block import replaced
@@ -396,7 +396,8 @@ def official_config(
     tables: Sequence[Sizes] | None = None,
 ) -> Config:
     """Our settings for the official code's arguments."""
-    vae, model = with_defaults(vae_args, VAE_ARGS, "vae_model"), with_defaults(model_args, MODEL_ARGS, "Infinity")
+    vae = with_defaults(vae_args, VAE_ARGS, "official vae_model", IGNORED)
+    model = with_defaults(model_args, MODEL_ARGS, "official Infinity", IGNORED)
     stride = 2 ** (len(vae["encoder_ch_mult"]) - 1)
     depth, dim, chunks = model["depth"], model["embed_dim"], model["block_chunks"]
     wrong = [f"{name}={model[name]!r} (only {value!r})" for name, value in FIXED.items() if model[name] != value]

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from nextscale.keymap import USAGE, fill, model_key, ordered, renamed, tokenizer_key
+from nextscale.keymap import USAGE, fill, model_key, ordered, renamed, tokenizer_key, with_defaults
 from nextscale.model.condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
@@ -212,7 +212,10 @@ def to_official(system: System, usage: Tensor | None = None) -> tuple[dict[str, 
 
 def official_config(vae_args: Mapping[str, Any], var_args: Mapping[str, Any]) -> Config:
     """Our settings for the reference's constructor arguments."""
-    vae, var = _with_defaults(vae_args, VAE_ARGS, "VQVAE"), _with_defaults(var_args, VAR_ARGS, "VAR")
+    vae, var = (
+        with_defaults(vae_args, VAE_ARGS, "reference's VQVAE"),
+        with_defaults(var_args, VAR_ARGS, "reference's VAR"),
+    )
     if tuple(vae["v_patch_nums"]) != tuple(var["patch_nums"]):
         raise ValueError(
             f"tokenizer and transformer must have the same scales, got v_patch_nums={tuple(vae['v_patch_nums'])} and "
@@ -289,12 +292,6 @@ def official_args(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     if wrong:
         raise ValueError(f"the reference's classes cannot express {', '.join(wrong)}; only VAR's own shapes convert")
     return vae, var
-
-
-def _with_defaults(args: Mapping[str, Any], defaults: dict[str, Any], what: str) -> dict[str, Any]:
-    if unknown := set(args) - set(defaults):
-        raise ValueError(f"unknown arguments of the reference's {what}: {sorted(unknown)}; it has {sorted(defaults)}")
-    return defaults | dict(args)
 
 
 # ---- the published checkpoints ----------------------------------------------------------------------------------------
