@@ -127,8 +127,9 @@ def test_every_scale_of_an_image_at_one_size():
 def test_loss_of_the_codebook():
     io, expected, pyramid = part("io", "vqloss."), numbers()["vqloss"], system("A").tokenizer.pyramid
     f = io["f"].clone().requires_grad_(True)
-    alone, both = pyramid.quantize(f, beta=0), pyramid.quantize(f)
-    sure = pyramid.quantize(f, entropy=0.1)
+    size, keep = Schedule((tuple(f.shape[2:]),)), torch.ones(len(f), 1, dtype=torch.bool)
+    alone, both = pyramid.learn(f, size, keep, beta=0), pyramid.learn(f, size, keep)
+    sure = pyramid.learn(f, size, keep, entropy=0.1)
     terms = [alone.loss, both.loss - alone.loss, sure.loss - both.loss]
     names = ("vq_loss", "commit_loss", "entropy_loss_at_ratio_0.1")
     torch.testing.assert_close([term.item() for term in terms], [expected[name] for name in names], **LOSS)
@@ -136,17 +137,18 @@ def test_loss_of_the_codebook():
     grad_f, grad_codes = torch.autograd.grad(both.loss, (f, pyramid.codebook.weight))
     torch.testing.assert_close(grad_f, io["grad_f"], atol=1e-7, rtol=1e-4)
     torch.testing.assert_close(grad_codes, io["grad_embedding"], atol=1e-7, rtol=1e-4)
-    seen = set(both.tokens.flatten().tolist()) | {0}  # the official buffer begins as zeros, which count
+    seen = set(both.tokens[0].flatten().tolist()) | {0}  # the official buffer begins as zeros, which count
     assert len(seen) / pyramid.codes == expected["codebook_usage"]
 
 
-def test_quantize_is_encode_and_passes_gradients_straight():
+def test_learning_is_encoding_and_passes_gradients_straight():
     pyramid = system("A").tokenizer.pyramid
     f = features().clone().requires_grad_(True)
-    quantized, encoded = pyramid.quantize(f), pyramid.encode(f, Schedule.squares(8))
-    assert torch.equal(quantized.tokens, encoded.tokens[0])
-    torch.testing.assert_close(quantized.codes, encoded.f_hats[0], **EXACT)
-    (gradient,) = torch.autograd.grad((quantized.codes * encoded.f_hats[0]).sum(), f)
+    keep = torch.ones(len(f), 1, dtype=torch.bool)
+    lesson, encoded = pyramid.learn(f, Schedule.squares(8), keep), pyramid.encode(f, Schedule.squares(8))
+    assert torch.equal(lesson.tokens[0], encoded.tokens[0])
+    torch.testing.assert_close(lesson.f_hat, encoded.f_hats[0], **EXACT)
+    (gradient,) = torch.autograd.grad((lesson.f_hat * encoded.f_hats[0]).sum(), f)
     (expected,) = torch.autograd.grad((F.normalize(f, dim=1) * encoded.f_hats[0]).sum(), f)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=0)
 
@@ -563,6 +565,13 @@ def test_refinement():
     assert ns.decode(s, refined, schedule=schedule).shape == (2, 3, 128, 128)
 
 
-def test_training_its_tokenizer_is_refused_at_the_door(tmp_path):
-    with pytest.raises(ValueError, match="'flexvar' is of another kind"):
-        ns.train_tokenizer(flexvar.build(flexvar.tiny(), model=False), [], TrainConfig(), out=tmp_path)
+def test_dropped_scales_teach_the_decoder_smaller_images():
+    pyramid, schedule = system("A").tokenizer.pyramid, Schedule.squares(2, 4, 8)
+    f = features().clone().requires_grad_(True)
+    for last, side in enumerate((2, 4, 8)):
+        keep = torch.arange(3) <= torch.full((len(f), 1), last)
+        lesson, encoded = pyramid.learn(f, schedule, keep), pyramid.encode(f, schedule)
+        assert lesson.f_hat.shape[2:] == (side, side)
+        assert all(torch.equal(a, b) for a, b in zip(lesson.tokens, encoded.tokens, strict=True))
+        torch.testing.assert_close(lesson.f_hat, encoded.f_hats[last], **EXACT)
+        assert torch.autograd.grad(lesson.loss, f)[0].any()

@@ -198,21 +198,22 @@ def test_images_to_bits_and_back(vae, which, name):
 def test_sums_that_train_the_tokenizer(fold):
     pyramid, scales = BitPyramid(8 // fold**2, fold), Schedule.squares(1, 2, 4)
     f = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    tokens, f_hat, loss = pyramid.quantize(f, scales)
+    tokens, _, f_hat, loss = pyramid.learn(f, scales, torch.ones(2, 3, dtype=torch.bool))
     encoded = pyramid.encode(f, scales)
     assert all(torch.equal(a, b) for a, b in zip(tokens, encoded.tokens, strict=True))
     torch.testing.assert_close(f_hat.detach(), encoded.f_hats[-1], **SUMS)
     (f_hat.square().mean() + loss).backward()
     assert f.grad.isfinite().all() and (f.grad != 0).float().mean() > 0.9
     keep = torch.tensor([[True, True, True], [False, False, True]])
-    last = pyramid.quantize(f, scales, keep=keep)
+    last = pyramid.learn(f, scales, keep)
     torch.testing.assert_close(last.f_hat[0], f_hat[0])
     torch.testing.assert_close(last.f_hat[1].abs(), torch.full((8, 4, 4), pyramid.bits**-0.5))  # of one scale alone
 
 
 def test_indecision_is_least_for_sure_bits_that_are_used_alike():
     def entropy_term(f: torch.Tensor) -> float:
-        whole, none = (BitPyramid(4).quantize(f, Schedule(((1, 2),)), entropy=e).loss for e in (1.0, 0.0))
+        keep = torch.ones(1, 1, dtype=torch.bool)
+        whole, none = (BitPyramid(4).learn(f, Schedule(((1, 2),)), keep, entropy=e).loss for e in (1.0, 0.0))
         return float(whole - none)
 
     sure = torch.tensor([[1.0, -1.0]] * 4).view(1, 4, 1, 2)  # both values of every bit, each without a doubt

@@ -30,6 +30,7 @@ VAR_VARIANTS = {
         "pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, phi="each", cosine=True)
     },
     "standardized residuals": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)},
+    "limited scales": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, limits=(2, 8, 32, 32))},
     "two maps at the full size": {"sizes": (1, 2, 4, 4)},
     "no phi": {"pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, phi_ratio=0)},
 }
@@ -48,7 +49,7 @@ def build(case: str) -> System:
     system = recipe.build(config, seed=1)
     with torch.no_grad():  # random codes far enough apart that no token is decided by rounding
         pyramid = system.tokenizer.pyramid
-        if hasattr(pyramid, "codebook"):
+        if pyramid.codebook is not None:
             pyramid.codebook.weight.normal_(generator=torch.Generator().manual_seed(2))
         if getattr(pyramid, "std", None) is not None:
             pyramid.mean.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
@@ -134,6 +135,25 @@ def test_law_1_attention_by_scale_equals_the_dense_mask(system, images, labels):
         attention.attend = original
 
 
+def test_law_1_attention_that_trains_in_bfloat16_equals_the_fused_one():
+    """On a CPU it is written out by matrix products, which must give the fused kernel's outputs and gradients."""
+    from nextscale.model.attention import attend
+
+    span = Schedule.squares(1, 2, 3, 4).span()
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 2, 4, span.end, 16, generator=generator)
+    weight = torch.randn(2, 4, span.end, 16, generator=generator)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = qkv.to(dtype).float().requires_grad_()  # the same numbers for both
+        out = attend(*leaf.to(dtype), span, 0.5)
+        (gradient,) = torch.autograd.grad((out.float() * weight).sum(), leaf)
+        found[dtype] = out.float(), gradient
+    for fused, products in zip(found[torch.float32], found[torch.bfloat16], strict=True):
+        # 8 bits of mantissa in scores, weights and outputs
+        torch.testing.assert_close(products, fused, atol=0.03 * float(fused.detach().abs().max()), rtol=0)
+
+
 def test_law_2_forced_tokens_give_the_reconstruction(system, images, labels):
     tokens = ns.encode(system, images)
     forced = ns.sample(system, labels, edit=lambda drawn, k: tokens[k], guidance=ns.cfg_ramp(3.0), seed=1)
@@ -181,7 +201,7 @@ def test_law_5_a_row_equals_the_image_alone(system, labels):
 
 
 def test_law_5_holds_for_soft_tokens(system, labels):
-    if not hasattr(system.tokenizer.pyramid, "codebook"):
+    if system.tokenizer.pyramid.codebook is None:
         pytest.skip("soft weights are over a codebook")
     pick = ns.gumbel_soft(20, 0.9)
     together = ns.sample(system, labels, seed=4, pick=pick)

@@ -76,6 +76,60 @@ def test_tokenizer_learns_and_leaves_everything_to_look_at(tmp_path):
     assert torch.equal(ns.decode(again, ns.encode(again, x)), ns.decode(system, ns.encode(system, x)))
 
 
+@pytest.mark.parametrize("name", ["flexvar", "infinity"])
+def test_tokenizers_of_other_pyramids_learn_with_the_same_verb(tmp_path, name):
+    recipe = ns.find_recipe(name)
+    system = recipe.build(recipe.tiny(), seed=1, model=False)
+    data = Squares(24, size=64)
+    loss = recipe.TOKENIZER_LOSS.model_copy(update={"quantize_start": 0.1, "perceptual": 0.0, "adversarial": 0.0})
+    config = CONFIG.model_copy(update={"steps": 40, "lr": 3e-3, "validate_every": 20})
+    trained = ns.train_tokenizer(system, data, config, out=tmp_path, val=data, loss=loss)
+    l2, psnr = metrics(tmp_path, "train/l2"), metrics(tmp_path, "val/psnr")
+    assert min(l2[step] for step in range(36, 41)) < 0.6 * l2[1]
+    assert psnr[40] > psnr[20]
+    x = torch.stack([data[i]["image"] for i in range(4)])
+    again = ns.load(tmp_path / "system")
+    assert torch.equal(ns.decode(again, ns.encode(again, x)), ns.decode(trained, ns.encode(trained, x)))
+
+
+def test_limited_scales_use_their_first_codes_and_start_with_all_of_them():
+    limits = (2, 8, 32, 32)
+    system = tiny(pyramid=var.PyramidSettings(codebook_size=32, code_dim=8, limits=limits, standardize=True))
+    task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(), None, first_images)
+    assert sum(task.new_codes()) == 32 and task.new_codes()[:2] == [2, 6]
+    task.init_codes(first_images(), generator_for(0, 0))
+    assert (system.tokenizer.pyramid.codebook.weight.abs().sum(dim=1) > 1e-2).all()
+    tokens = ns.encode(system, first_images())
+    for token_map, limit in zip(tokens, limits, strict=True):
+        assert token_map.max() < limit
+    assert tokens[1].max() > 2  # the second scale uses more than the first one may
+    # A dead code goes to a scale that may use it.
+    task.module.get_buffer("usage")[:, :-1] = 1 / 31
+    lesson = system.tokenizer.pyramid.learn(
+        system.tokenizer.features(first_images()), system.schedule, torch.ones(24, 4, dtype=torch.bool)
+    )
+    with torch.no_grad():
+        system.tokenizer.pyramid.codebook.weight[-1] = 99.0
+    assert task.restart(lesson.rests, generator_for(0, 0)) == 1
+    moved = system.tokenizer.pyramid.codebook.weight[-1]
+    rows = [system.tokenizer.pyramid.standardized(rest, k).flatten(0, 1) for k, rest in enumerate(lesson.rests)]
+    assert min(float((torch.cat(rows[2:]) - moved).abs().sum(dim=1).min()), 1) == 0
+
+
+def test_scale_dropout_by_prefix_and_one_by_one():
+    system = tiny()
+    for drop in ("prefix", "independent"):
+        loss = TokenizerLoss(drop=drop, drop_scales=0.5, drop_from=2)
+        task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
+        keep = task.kept_scales(4000, generator_for(0, 0))
+        assert keep[:, :2].all()
+        share = keep.float().mean(dim=0).tolist()
+        # prefix: n is 2, 3 or 4 alike; independent: even odds, and the last stays
+        wanted = [1, 1, 1 - 0.5 / 3, 1 - 1 / 3] if drop == "prefix" else [1, 1, 0.75, 1]
+        assert share == pytest.approx(wanted, abs=0.03)
+        assert drop != "prefix" or (keep.diff(dim=1).int() <= 0).all()
+
+
 def test_bfloat16_is_close_to_float32_and_leaves_weights_in_float32(tmp_path):
     losses = {}
     for precision in ("float32", "bfloat16"):

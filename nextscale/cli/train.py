@@ -55,7 +55,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         preset: str = name,
         oversample: int = 2,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
-        loss: TokenizerLoss = TokenizerLoss(),
+        loss: TokenizerLoss = module.TOKENIZER_LOSS,
         augmentation: AugmentSettings = AugmentSettings(),
         system: config_type = defaults,  # type: ignore[valid-type]
     ) -> None:

@@ -19,7 +19,7 @@ class TokenizerReport:
 
     psnr: list[float]  # dB, mean over images of the PSNR of each
     perplexity: list[float]  # exp of the entropy of the codes' shares at the scale (of bits: of their mean entropy)
-    attainable: list[int]  # the largest perplexity possible: min(V, tokens of the scale in the data)
+    attainable: list[int]  # the largest perplexity possible: min(codes of the scale, its tokens in the data)
     used: list[float]  # share of the codebook that occurs at the scale
     mse: list[float]  # mean over images, of values in [-1, 1]
 
@@ -61,7 +61,7 @@ def evaluate_tokenizer(
         encoded = tokenizer.encode(images, schedule)
         images_seen += len(images)
         for k, f_hat in enumerate(encoded.f_hats):
-            errors[k].append(_mse(_resized(tokenizer.decode(f_hat), images), images).cpu())
+            errors[k].append(_mse(at_size_of(images, tokenizer.decode(f_hat)), images).cpu())
         found = code_counts(encoded.tokens, codes)
         counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
     if counts is None:
@@ -70,7 +70,7 @@ def evaluate_tokenizer(
     return TokenizerReport(
         psnr=[float(_decibel(torch.cat(values)).mean()) for values in errors],
         perplexity=[float(torch.special.entr(share).sum(dim=1).mean().exp()) for share in shares],
-        attainable=[min(codes, images_seen * length) for length in schedule.lengths],
+        attainable=[min(tokenizer.pyramid.limit(k), images_seen * n) for k, n in enumerate(schedule.lengths)],
         used=[float((count > 0).float().mean()) for count in counts],
         mse=[float(torch.cat(values).mean()) for values in errors],
     )
@@ -88,8 +88,8 @@ def code_counts(tokens: list[Tensor], codes: int) -> list[Tensor]:
     return counts
 
 
-def _resized(decoded: Tensor, images: Tensor) -> Tensor:
-    """Pyramids without a running sum decode a coarse scale to a small image, which is judged at the full size."""
+def at_size_of(images: Tensor, decoded: Tensor) -> Tensor:
+    """Decoded images at the size of `images`: pyramids without a running sum decode a coarse scale to a small image."""
     if decoded.shape[-2:] == images.shape[-2:]:
         return decoded
     return F.interpolate(decoded.clamp(-1, 1), size=images.shape[-2:], mode="bicubic", antialias=True)

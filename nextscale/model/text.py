@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.model.attention import LayerCache
+from nextscale.model.attention import LayerCache, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
 from nextscale.model.condition import Condition
 from nextscale.model.rotary import Rotary, RotaryAttention
@@ -212,6 +212,8 @@ def keys_values(context: Tensor, linear: nn.Linear, v_bias: Tensor, num_heads: i
 
 def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of scale 1 / sqrt(head_dim) over the real tokens of a text, [B, N, l, head_dim]."""
+    if trains_in_half_on_cpu(v):
+        return by_products(q, k, v, mask, 1 / math.sqrt(q.shape[-1]))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

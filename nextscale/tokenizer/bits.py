@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.schedule import Schedule
-from nextscale.tokenizer.pyramid import Encoded
-
-
-class Quantized(NamedTuple):
-    """What training a tokenizer needs of feature maps: token maps, the sum [B, C, H, W] with gradients, and a loss."""
-
-    tokens: list[Tensor]
-    f_hat: Tensor
-    loss: Tensor
+from nextscale.tokenizer.pyramid import Encoded, Lesson
 
 
 class BitPyramid(nn.Module):
@@ -35,6 +26,8 @@ class BitPyramid(nn.Module):
             square in C = d * fold * fold channels (channel, row, column; what `pixel_unshuffle` does), and the pyramid
             works on the unfolded map, which is `fold` times as high and wide as the schedule says.
     """
+
+    codebook = None  # no codes to learn
 
     def __init__(self, bits: int, fold: int = 1) -> None:
         super().__init__()
@@ -77,29 +70,30 @@ class BitPyramid(nn.Module):
                 encoded.inputs.append(self.next_input(f_hat, k + 1, schedule))
         return encoded
 
-    def quantize(
-        self, f: Tensor, schedule: Schedule, beta: float = 0.25, entropy: float = 0.001, keep: Tensor | None = None
-    ) -> Quantized:
-        """The sum of all scales for training the tokenizer, with gradients from each bit to what it stands for.
+    def learn(
+        self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.001
+    ) -> Lesson:
+        """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from sum and residual.
 
         The loss pulls residuals of unit length to their bits, `beta` times, and `entropy` times wants every bit sure of its
-        value and both values used alike. `keep` [B, K] drops scales from sum and residual. Unlike VAR's, the residual is not
-        detached. All as in BitVAE, which trained Infinity's tokenizers; its loss counts four times, 0.1 / 100 is `entropy`.
+        value and both values used alike. Unlike VAR's, the residual is not detached. All as in BitVAE, which trained
+        Infinity's tokenizers; its loss counts four times, 0.1 / 100 is `entropy`.
         """
         self._check(f, schedule)
-        residual, f_hat, loss, tokens = f, self.start(len(f), schedule), f.new_zeros(()), []
+        residual, f_hat, loss, tokens, rests = f, self.start(len(f), schedule), f.new_zeros(()), [], []
         for k in range(len(schedule)):
-            small = F.pixel_shuffle(self._averaged(residual, schedule[k]), self.fold)  # [B, d, fold * h_k, fold * w_k]
+            folded = self._averaged(residual, schedule[k])
+            small = F.pixel_shuffle(folded, self.fold)  # [B, d, fold * h_k, fold * w_k]
             z = F.normalize(small, dim=1)
             bits = (small > 0).to(torch.uint8)
             codes = self.codes_of(bits)
             loss = loss + beta * (codes - z).square().mean() + entropy * self._indecision(z)
             h = self._resized(F.pixel_unshuffle(z + (codes - z).detach(), self.fold), schedule[-1])
-            if keep is not None:
-                h = h * keep[:, k].view(-1, 1, 1, 1)
+            h = h * keep[:, k].view(-1, 1, 1, 1)
             residual, f_hat = residual - h, f_hat + h
             tokens.append(F.pixel_unshuffle(bits, self.fold).flatten(2).mT)
-        return Quantized(tokens, f_hat, loss / len(schedule))
+            rests.append(folded.detach().flatten(2).mT)
+        return Lesson(tokens, rests, f_hat, loss / len(schedule))
 
     def _indecision(self, z: Tensor) -> Tensor:
         """Entropy of the bits of a vector minus that of all vectors' mean bits, summed over the d; z [B, d, h, w]."""
@@ -133,6 +127,10 @@ class BitPyramid(nn.Module):
             residual = residual - h
             f_hat = f_hat + (h if keep is None else h * keep[:, k].view(-1, 1, 1, 1))
             yield tokens, f_hat, small
+
+    def limit(self, k: int) -> int:
+        """Values of a token's bit at scale k: all two."""
+        return self.codes
 
     def contribution(self, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the token map of scale k adds to the sum, [B, C, H, W]."""

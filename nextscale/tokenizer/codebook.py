@@ -18,11 +18,11 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.weight, -1 / codebook_size, 1 / codebook_size)
 
     @torch.no_grad()
-    def nearest(self, x: Tensor) -> Tensor:
-        """Ids of the nearest codes: [..., C] -> int64 [...]."""
+    def nearest(self, x: Tensor, first: int | None = None) -> Tensor:
+        """Ids of the nearest codes, or of the nearest among the `first` ones: [..., C] -> int64 [...]."""
         # float32 whatever the caller's autocast: a rounded distance is another token
         with torch.autocast(x.device.type, enabled=False):
-            rows, codes = x.reshape(-1, x.shape[-1]).float(), self.weight.float()
+            rows, codes = x.reshape(-1, x.shape[-1]).float(), self.weight[:first].float()
             if self.cosine:
                 ids = (F.normalize(rows, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=1)
             else:  # |x|^2 is the same for all codes and left out

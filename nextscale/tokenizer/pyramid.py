@@ -22,6 +22,9 @@ class PyramidSettings(Settings):
     cosine: bool = Field(False, description="search codes by cosine instead of Euclidean distance")
     phi: int | Literal["each"] = Field(4, description="convolutions shared by the scales; 'each': one for every scale")
     phi_ratio: float = Field(0.5, ge=-1, le=1, description="share of the convolution in phi; 0: phi is the identity")
+    limits: tuple[int, ...] | None = Field(
+        None, description="how many of the first codes each scale may use; default: all of them"
+    )
     standardize: bool = Field(
         False, description="standardize the residuals of each scale, so that every scale can use all codes"
     )
@@ -34,6 +37,16 @@ class Encoded(NamedTuple):
     tokens: list[Tensor]
     inputs: list[Tensor]
     f_hats: list[Tensor]
+
+
+class Lesson(NamedTuple):
+    """What training the tokenizer needs of a feature map: the tokens of each scale; `rests`, what they stand for
+    [B, l_k, C]; f_hat [B, C, h, w], whose gradient goes straight to the features; the quantizer's loss, a number."""
+
+    tokens: list[Tensor]
+    rests: list[Tensor]
+    f_hat: Tensor
+    loss: Tensor
 
 
 class Phi(nn.Conv2d):
@@ -53,12 +66,22 @@ class ResidualPyramid(nn.Module):
     Residuals of coarse scales are averages, hence short, and near zero there are few codes. With `standardize` (not in
     VAR) the codes of scale k are the shared ones times `std[k]` plus `mean[k]`, which training keeps at the residuals'
     own, channel by channel: every scale then finds all codes at its own size and place.
+
+    With `limits` (not in VAR) scale k uses the first `limits[k]` codes alone. A few images show a coarse scale only a
+    few hundred tokens, from which the frequencies of thousands of codes cannot be learned; finer scales make up for it.
     """
 
     def __init__(self, settings: PyramidSettings, num_scales: int) -> None:
         super().__init__()
         self.code_dim, self.codes = settings.code_dim, settings.codebook_size
         self.codebook = Codebook(settings.codebook_size, settings.code_dim, settings.cosine)
+        self.limits = settings.limits or ()
+        if self.limits and (
+            len(self.limits) != num_scales or min(self.limits) < 1 or max(self.limits) > settings.codebook_size
+        ):
+            raise ValueError(
+                f"limits must name 1 to {settings.codebook_size} codes for each of {num_scales} scales, got {self.limits}"
+            )
         count = num_scales if settings.phi == "each" else settings.phi
         ratio = abs(settings.phi_ratio)  # the reference takes the absolute value
         self.each = settings.phi == "each"
@@ -98,6 +121,29 @@ class ResidualPyramid(nn.Module):
                     encoded.inputs.append(self.next_input(f_hat, k + 1, schedule))
         return encoded
 
+    def learn(self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+        """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from the sum.
+
+        The loss is VAR's, on the running sum at every scale: codes follow features and, `beta` times, features follow
+        codes; images that drop scale k are left out of its term. The gradient goes straight through the whole sum.
+        """
+        if entropy:
+            raise ValueError("this pyramid has no entropy term; use entropy=0")
+        keep = keep.to(f)
+        loss, tokens, rests, f_hat = f.new_zeros(()), [], [], f
+        for k, (token_map, f_hat, small) in enumerate(self.walk(f, schedule, keep=keep)):
+            weight = keep[:, k] / keep[:, k].sum().clamp(min=1)
+            commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weight).sum()
+            follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
+            loss = loss + beta * commit + follow
+            tokens.append(token_map)
+            rests.append(small)
+        return Lesson(tokens, rests, f + (f_hat - f).detach(), loss / len(schedule))
+
+    def rest(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """What the tokens of scale k are to stand for after the sum `f_hat`, [B, l_k, C]: the residual."""
+        return _area(f - f_hat, schedule[k]).flatten(2).mT
+
     # ---- the pieces -----------------------------------------------------------------------------------------------
 
     def walk(
@@ -122,11 +168,15 @@ class ResidualPyramid(nn.Module):
         f_hat = self.start(len(f), schedule)
         for k in range(len(schedule)):
             small = _area(residual, schedule[k]).flatten(2).mT  # [B, l_k, C]
-            tokens = self.codebook.nearest(self.standardized(small, k))
+            tokens = self.codebook.nearest(self.standardized(small, k), self.limit(k))
             h = self.contribution(tokens if corrupt is None else corrupt(tokens, k), k, schedule)
             residual = residual - h.detach()
             f_hat = f_hat + (h if keep is None else h * keep[:, k].view(-1, 1, 1, 1))
             yield tokens, f_hat, small
+
+    def limit(self, k: int) -> int:
+        """How many of the first codes scale k may use; a scale beyond those that were set may use all."""
+        return self.limits[k] if k < len(self.limits) else self.codes
 
     def standardized(self, residual: Tensor, k: int) -> Tensor:
         """What is looked up in the codebook for the residuals of scale k, [..., C]."""

@@ -47,6 +47,11 @@ class TokenizerLoss(Settings):
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error")
     codebook: float = Field(1.0, ge=0, description="weight of the codebook and commitment terms together")
     beta: float = Field(0.25, ge=0, description="commitment / codebook term")
+    entropy: float = Field(
+        0.0,
+        ge=0,
+        description="weight, in that sum, of a term for codes that are sure and used alike; of bits about 0.001",
+    )
     perceptual: float = Field(0.0, ge=0, description="weight of perceptual_lite0 (extra: nextscale[eval])")
     perceptual_start: float = Field(0.5, ge=0, le=1, description="when the perceptual term starts")
     adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's term")
@@ -55,8 +60,11 @@ class TokenizerLoss(Settings):
     discriminator_width: int = Field(32, ge=1, description="channels of the discriminator's first layer")
     quantize_start: float = Field(0.1, ge=0, lt=1, description="when quantizing starts; before, a plain autoencoder")
     init_codes: bool = Field(True, description="set the codes from the residuals of data when quantizing starts")
-    drop_scales: float = Field(0.1, ge=0, le=1, description="share of images whose finer scales are dropped")
-    drop_from: int = Field(1, ge=1, description="scales that are always kept")
+    drop_scales: float = Field(0.1, ge=0, le=1, description="share of images that lose some scales")
+    drop: Literal["prefix", "independent"] = Field(
+        "prefix", description="which: all after a random one, or each but the last at even odds"
+    )
+    drop_from: int = Field(1, ge=0, description="first scales that are always kept")
     restart_every: int = Field(100, ge=0, description="steps between restarts of dead codes; 0: never")
     restart_until: float = Field(0.6, ge=0, le=1, description="when restarts end")
 

@@ -1,4 +1,4 @@
-"""Tokenizer training: the losses around the residual pyramid, and the measures that keep its codes in use."""
+"""Tokenizer training: the losses around the pyramid, and the measures that keep its codes in use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from nextscale.evaluation.reconstruction import evaluate_tokenizer
+from nextscale.evaluation.reconstruction import at_size_of, code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.discriminator import (
     PatchDiscriminator,
@@ -49,8 +49,11 @@ class TokenizerTask:
             self.discriminator = PatchDiscriminator(image_channels, loss.discriminator_width).to(config.device)
         self.perceptual = Perceptual().to(config.device) if loss.perceptual else None
         self.module = nn.ModuleDict({"tokenizer": self.tokenizer, "discriminator": self.discriminator})
-        # Share of tokens that each code holds at each scale, averaged over recent steps; saved with the run.
-        usage = torch.zeros(len(schedule), len(tokenizer.pyramid.codebook.weight), device=config.device)
+        # Share of tokens that each code holds at each scale (of bits: each value of each bit), averaged over recent steps;
+        # saved with the run.
+        pyramid = tokenizer.pyramid
+        columns = 1 if pyramid.codebook is not None else pyramid.code_dim
+        usage = torch.zeros(len(schedule), columns * pyramid.codes, device=config.device)
         self.module.register_buffer("usage", usage)
         self.restarted: Tensor | None = None  # codes that moved in this step
         self.optimizers = {
@@ -64,19 +67,24 @@ class TokenizerTask:
         images = batch["image"].to(self.config.device)
         begun = step / self.config.steps
         quantize = begun >= self.loss.quantize_start
-        if quantize and self.loss.init_codes and not self.module.get_buffer("usage").any():
+        pyramid, has_codes = self.tokenizer.pyramid, self.tokenizer.pyramid.codebook is not None
+        if quantize and has_codes and self.loss.init_codes and not self.module.get_buffer("usage").any():
             self.init_codes(self.first_images().to(self.config.device), generator)
 
         with autocast(self.config):
             f = self.tokenizer.features(images)
         metrics: dict[str, Tensor | float] = {}
         if quantize:
-            f_hat, codebook_loss, tokens, residuals = self.quantize(f, generator)
-            metrics |= self.count(tokens)
+            keep = self.kept_scales(len(f), generator).to(f.device)
+            lesson = pyramid.learn(f, self.schedule, keep, beta=self.loss.beta, entropy=self.loss.entropy)
+            metrics |= self.count(lesson.tokens)
+            f_hat, codebook_loss = lesson.f_hat, lesson.loss
         else:
             f_hat, codebook_loss = f, f.new_zeros(())
         with autocast(self.config):
             recon = self.tokenizer.decode(f_hat).float()
+        if recon.shape != images.shape:  # a pyramid whose scales are images of their own sizes
+            images = F.interpolate(images, size=recon.shape[-2:], mode="area")
 
         l1, l2 = F.l1_loss(recon, images), F.mse_loss(recon, images)
         total = self.loss.l1 * l1 + self.loss.l2 * l2
@@ -92,33 +100,26 @@ class TokenizerTask:
         metrics["loss"] = total.detach()
         metrics["grad_norm"] = descend(self.tokenizer, self.optimizers["tokenizer"], total, self.config.clip)
         if quantize:  # after backward, which still needs the old ones
-            self.follow(residuals)
+            self.follow(lesson.rests)
         if adversarial > 0:
             metrics["discriminator"] = self.judge(images, recon.detach())
-        if self.due_restart(step, begun, quantize):
-            metrics["restarted"] = self.restart(residuals, generator)
+        if has_codes and self.due_restart(step, begun, quantize):
+            metrics["restarted"] = self.restart(lesson.rests, generator)
         return metrics
 
-    def quantize(self, f: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Straight-through quantized features, codebook and commitment loss, tokens and residuals of each scale."""
-        keep = self.kept_scales(len(f), generator).to(f)
-        loss, tokens, residuals, f_hat = f.new_zeros(()), [], [], f
-        for k, (token_map, f_hat, small) in enumerate(self.tokenizer.pyramid.walk(f, self.schedule, keep=keep)):
-            # The terms of VAR, on the running sum at every scale; images that drop scale k are left out of its term.
-            weight = keep[:, k] / keep[:, k].sum().clamp(min=1)
-            commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weight).sum()
-            follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
-            loss = loss + self.loss.beta * commit + follow
-            tokens.append(token_map)
-            residuals.append(small)
-        return f + (f_hat - f).detach(), loss / len(self.schedule), tokens, residuals
-
     def kept_scales(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Prefix dropout: a share of the images keeps only its first n scales, n uniform. Bool [B, K]."""
+        """Which scales each image keeps while training, bool [B, K]. A share of the images drops some: with `prefix` all
+        after the first n, n uniform; with `independent` each but the last at even odds."""
         count = len(self.schedule)
-        drawn = torch.randint(min(self.loss.drop_from, count), count + 1, (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < self.loss.drop_scales
-        return torch.arange(count) < torch.where(dropped, drawn, count)[:, None]
+        dropped = torch.arange(count) >= min(self.loss.drop_from, count)
+        if self.loss.drop == "prefix":
+            drawn = torch.randint(min(self.loss.drop_from, count), count + 1, (batch,), generator=generator)
+            lost = torch.arange(count) >= drawn[:, None]
+        else:
+            lost = torch.rand(batch, count, generator=generator) < 0.5
+            lost[:, -1] = False
+        chosen = torch.rand(batch, generator=generator) < self.loss.drop_scales
+        return ~(lost & dropped & chosen[:, None])
 
     # ---- the discriminator ----------------------------------------------------------------------------------------
 
@@ -151,27 +152,41 @@ class TokenizerTask:
         log(l_k + 1), filled with residual vectors of that scale, then moved by a few k-means rounds."""
         pyramid = self.tokenizer.pyramid
         codes = pyramid.codebook.weight
-        shares = torch.tensor([math.log(length + 1) for length in self.schedule.lengths])
-        counts = (shares / shares.sum() * len(codes)).floor().long()
-        counts[-1] += len(codes) - counts.sum()
         f = torch.cat([self.tokenizer.features(part) for part in images.split(64)])
         f_hat, filled = pyramid.start(len(f), self.schedule), 0
-        for k, count in enumerate(counts.tolist()):
-            rows = pyramid.next_input(f - f_hat, k, self.schedule).reshape(-1, f.shape[1])
-            if pyramid.mean is not None and pyramid.std is not None:
+        for k, count in enumerate(self.new_codes()):
+            rows = pyramid.rest(f, f_hat, k, self.schedule).flatten(0, 1)
+            if getattr(pyramid, "std", None) is not None:
                 pyramid.mean[k], pyramid.std[k] = rows.mean(dim=0), rows.std(dim=0).clamp(min=MIN_STD)
-                rows = pyramid.standardized(rows, k)
+            rows = pyramid.standardized(rows, k)
             codes[filled : filled + count] = _kmeans(rows, count, generator)
-            # Quantize with the codes of this scale alone: the others are not set yet.
-            ids = torch.cdist(rows, codes[filled : filled + count]).argmin(dim=1).view(len(f), -1) + filled
+            # Quantize with the codes of this scale alone, the others are not set yet; where it is limited, with all so far.
+            first = 0 if pyramid.limit(k) < len(codes) else filled
+            ids = torch.cdist(rows, codes[first : filled + count]).argmin(dim=1).view(len(f), -1) + first
             f_hat = pyramid.add(f_hat, ids, k, self.schedule)
             filled += count
+
+    def new_codes(self) -> list[int]:
+        """How many codes each scale sets: up to its limit, or a share of the rest that grows with log(l_k + 1)."""
+        total = self.tokenizer.pyramid.codes
+        limits = [self.tokenizer.pyramid.limit(k) for k in range(len(self.schedule))]
+        filled = max([0, *(limit for limit in limits if limit < total)])
+        free = torch.tensor([limit == total for limit in limits])
+        shares = torch.tensor(self.schedule.lengths).log1p() * free
+        counts = (shares / shares.sum().clamp(min=1) * (total - filled)).floor().long()
+        counts[-1] += (total - filled - counts.sum()) * free[-1]
+        filled = 0
+        for k, limit in enumerate(limits):
+            if limit < total:
+                counts[k] = max(0, limit - filled)
+                filled = max(filled, limit)
+        return counts.tolist()
 
     @torch.no_grad()
     def follow(self, residuals: list[Tensor]) -> None:
         """Move the pyramid's means and standard deviations towards those of a batch's residuals."""
         pyramid = self.tokenizer.pyramid
-        if pyramid.mean is None or pyramid.std is None:
+        if getattr(pyramid, "std", None) is None:
             return
         for mean, std, small in zip(pyramid.mean, pyramid.std, residuals, strict=True):
             rows = small.flatten(0, 1)  # [B * l_k, C]
@@ -180,15 +195,16 @@ class TokenizerTask:
 
     @torch.no_grad()
     def count(self, tokens: list[Tensor]) -> dict[str, float]:
-        """Update the usage statistics; returns usage and perplexity of every scale."""
+        """Update the usage statistics; returns usage and perplexity of every scale (of bits: the mean over them)."""
         usage = self.module.get_buffer("usage")
-        metrics = {}
-        for k, token_map in enumerate(tokens):
-            share = torch.bincount(token_map.flatten(), minlength=usage.shape[1]) / token_map.numel()
+        codes, metrics = self.tokenizer.pyramid.codes, {}
+        for k, counts in enumerate(code_counts(tokens, codes)):
+            share = (counts / counts.sum(dim=1, keepdim=True)).flatten().to(usage)
             usage[k].lerp_(share, 0.02) if usage[k].any() else usage[k].copy_(share)
-            metrics[f"perplexity/{k}"] = math.exp(float(torch.special.entr(usage[k]).sum()))
+            recent = usage[k].view(-1, codes)
+            metrics[f"perplexity/{k}"] = math.exp(float(torch.special.entr(recent).sum(dim=1).mean()))
             # In use: at least a tenth of an even share.
-            metrics[f"usage/{k}"] = float((usage[k] > 0.1 / usage.shape[1]).float().mean())
+            metrics[f"usage/{k}"] = float((recent > 0.1 / codes).float().mean())
         return metrics
 
     def due_restart(self, step: int, begun: float, quantize: bool) -> bool:
@@ -210,7 +226,9 @@ class TokenizerTask:
             return 0.0
         entropy = torch.special.entr(usage).sum(1)
         attainable = torch.log(torch.clamp(weights * len(residuals[0]), max=len(codes)))
-        k = 1 + int((entropy / attainable)[1:].argmin()) if len(self.schedule) > 1 else 0
+        # Not the first scale, whose few tokens cannot use many codes, and none that may not use all of them.
+        allowed = [k for k in range(1, len(self.schedule)) if self.tokenizer.pyramid.limit(k) == len(codes)]
+        k = min(allowed or [len(self.schedule) - 1], key=lambda k: float(entropy[k] / attainable[k]))
         rows = self.tokenizer.pyramid.standardized(residuals[k], k).flatten(0, 1)
         dead = dead[torch.randperm(len(dead), generator=generator)[: len(rows)]]
         codes[dead] = rows[torch.randperm(len(rows), generator=generator)[: len(dead)]]
@@ -245,7 +263,7 @@ class TokenizerTask:
         tokenizer = module["tokenizer"]
         images = images.to(self.config.device)
         encoded = tokenizer.encode(images, self.schedule)
-        rows = [images] + [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in encoded.f_hats]
+        rows = [images] + [at_size_of(images, tokenizer.decode(f_hat)).clamp(-1, 1) for f_hat in encoded.f_hats]
         return {"reconstruction": torch.cat(rows)}
 
 

@@ -40,11 +40,6 @@ def train_tokenizer(
 
     Returns the system, with the averaged weights.
     """
-    if not hasattr(system.tokenizer.pyramid, "walk"):
-        raise ValueError(
-            f"train_tokenizer trains residual pyramids with a codebook; that of the recipe {system.recipe!r} is of another "
-            "kind and needs weights from elsewhere"
-        )
     _use_threads(config)
     out = Path(out)
     _check_size(system, data, augmentation)

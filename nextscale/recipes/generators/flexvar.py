@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,10 @@ from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.codebook import Codebook
-from nextscale.tokenizer.pyramid import Encoded
+from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.objective import Batch
+from nextscale.training.settings import TokenizerLoss
 
 # The published lists of sizes for 256 px by their number of steps (`scripts/evaluate_c2i.sh`). Trained models know 10.
 SIZES: dict[int, tuple[int, ...]] = {
@@ -65,15 +66,6 @@ class PlainSettings(Settings):
     codebook_size: int = Field(8912, ge=2, description="V, the number of codes")
     code_dim: int = Field(32, ge=1, description="C, channels of a code and of the feature map")
     unit: bool = Field(True, description="codes and features are scaled to unit length")
-
-
-class Quantized(NamedTuple):
-    """What training the tokenizer needs of a feature map: tokens [B, h * w]; the code map [B, C, h, w], whose gradient goes
-    straight to the features; the codebook's loss, a number."""
-
-    tokens: Tensor
-    codes: Tensor
-    loss: Tensor
 
 
 class PlainPyramid(nn.Module):
@@ -113,26 +105,46 @@ class PlainPyramid(nn.Module):
         for k, size in enumerate(schedule.sizes):
             if k:
                 encoded.inputs.append(self.next_input(f_hat, k, schedule))
-            tokens = self.codebook.nearest(_rows(F.interpolate(f, size=size, mode="area")))
+            tokens = self.codebook.nearest(_rows(_pooled(f, size)))
             f_hat = self.add(f_hat, tokens if corrupt is None else corrupt(tokens, k), k, schedule)
             encoded.tokens.append(tokens)
             encoded.f_hats.append(f_hat)
         return encoded
 
-    def quantize(self, f: Tensor, beta: float = 0.25, entropy: float = 0.0) -> Quantized:
-        """One feature map [B, C, h, w] for training the tokenizer; pool it first (`F.interpolate`, "area") for other sizes.
+    def limit(self, k: int) -> int:
+        """How many codes scale k may use: all of them."""
+        return self.codes
+
+    def learn(self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+        """Quantize `f` at one size for training the tokenizer: that of the last scale that the first image keeps (`keep`
+        bool [B, K]), so that scale dropout teaches the decoder all sizes.
 
         The loss pulls codes to features and, `beta` times, features to codes; `entropy` weighs a term that wants every
-        feature sure of its code and all codes used alike (both as in LlamaGen).
+        feature sure of its code and all codes used alike (both as in LlamaGen). Tokens and rests of the other scales are
+        counted, but carry no gradient.
         """
-        rows = self._scaled(_rows(f))
-        tokens = self.codebook.nearest(rows)
-        codes = self._codes(tokens)
-        loss = F.mse_loss(codes, rows.detach()) + beta * F.mse_loss(codes.detach(), rows)
-        if entropy:
-            loss = loss + entropy * self._entropy(rows.flatten(0, 1))
-        through = rows + (codes - rows).detach()
-        return Quantized(tokens, through.mT.unflatten(-1, f.shape[2:]), loss)
+        chosen = int(keep[0].nonzero().max())
+        tokens, rests, f_hat, loss = [], [], f, f.new_zeros(())
+        for k in range(len(schedule)):
+            rows = self.rest(f if k == chosen else f.detach(), f, k, schedule)
+            ids = self.codebook.nearest(rows)
+            tokens.append(ids)
+            rests.append(rows.detach())
+            if k == chosen:
+                codes = self._codes(ids)
+                loss = F.mse_loss(codes, rows.detach()) + beta * F.mse_loss(codes.detach(), rows)
+                if entropy:
+                    loss = loss + entropy * self._entropy(rows.flatten(0, 1))
+                f_hat = (rows + (codes - rows).detach()).mT.unflatten(-1, schedule[k])
+        return Lesson(tokens, rests, f_hat, loss)
+
+    def rest(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """What the tokens of scale k are to stand for, [B, l_k, C]: the features at that size, of a code's length."""
+        return self._scaled(_rows(_pooled(f, schedule[k])))
+
+    def standardized(self, rest: Tensor, k: int) -> Tensor:
+        """What is looked up in the codebook for the rests of scale k: themselves."""
+        return rest
 
     def _codes(self, tokens: Tensor) -> Tensor:
         """Codes of ids [B, l] or of weights over the codebook [B, l, V] -> [B, l, C]."""
@@ -149,6 +161,10 @@ class PlainPyramid(nn.Module):
         shares = logs.exp()
         mean = shares.mean(dim=0)
         return (mean * (mean + 1e-5).log()).sum() - (shares * logs).sum(dim=-1).mean()
+
+
+def _pooled(f: Tensor, size: tuple[int, int]) -> Tensor:
+    return f if tuple(f.shape[-2:]) == size else F.interpolate(f, size=size, mode="area")
 
 
 def _rows(f: Tensor) -> Tensor:
@@ -356,6 +372,10 @@ def emoji_64(**changes: object) -> Config:
         "sampling": SamplingDefaults(guidance=3.0, top_k=200, top_p=0.95),
     }
     return Config.model_validate(settings | changes)
+
+
+# How its tokenizer is trained here: half of the steps at another size than the last, so that the decoder knows them all.
+TOKENIZER_LOSS = TokenizerLoss(drop_scales=0.5)
 
 
 def build(config: Config, seed: int = 0, *, model: bool = True) -> System:

@@ -50,6 +50,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.objective import Batch
+from nextscale.training.settings import TokenizerLoss
 
 # ---- schedules: 13 scales for each shape ------------------------------------------------------------------------------
 
@@ -258,6 +259,10 @@ def emoji_64_text(**changes: object) -> Config:
         "sampling": SamplingDefaults(guidance=3.0, top_k=0, top_p=0.97),
     }
     return Config.model_validate(settings | changes)
+
+
+# How its tokenizer is trained: BitVAE's quantizer loss, and every scale but the last dropped at even odds.
+TOKENIZER_LOSS = TokenizerLoss(codebook=4.0, entropy=0.001, drop="independent", drop_scales=1.0, drop_from=0)
 
 
 def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEncoder | None = None) -> System:

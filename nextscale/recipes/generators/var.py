@@ -32,7 +32,7 @@ from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.settings import TrainConfig
+from nextscale.training.settings import TokenizerLoss, TrainConfig
 
 
 class Config(Settings):
@@ -80,13 +80,18 @@ def emoji_64(**changes: object) -> Config:
         "sizes": (1, 2, 3, 5, 8, 8),
         "num_classes": 0,
         "autoencoder": AutoencoderSettings(patch=4, width=96, multipliers=(1, 1), groups=16, attention=False),
-        "pyramid": PyramidSettings(codebook_size=512, code_dim=16, standardize=True),
+        "pyramid": PyramidSettings(
+            codebook_size=512, code_dim=16, limits=(16, 64, 512, 512, 512, 512), standardize=True
+        ),
         "transformer": TransformerSettings(
             depth=8, dim=192, num_heads=6, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
         "sampling": SamplingDefaults(guidance=3.0, top_k=200, top_p=0.95),
     }
     return Config.model_validate(settings | changes)
+
+
+TOKENIZER_LOSS = TokenizerLoss()
 
 
 def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
