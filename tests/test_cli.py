@@ -154,13 +154,32 @@ def test_same_seed_same_bytes(nextscale, system):
 
 def test_images_are_those_of_the_library_whatever_the_batch(system, monkeypatch):
     loaded = ns.load(system)
-    guide, pick, _ = Picking(guidance=2.0, top_k=5).resolve(loaded)
+    options, _ = Picking(guidance=2.0, top_k=5).resolve(loaded)
     labels = ["cat", "dog", None, 2, 0]
     expected = ns.sample(loaded, labels, seed=5, guidance=ns.cfg_ramp(2.0), pick=ns.top_k_top_p(5, 0.96))
     monkeypatch.setattr(draw, "BATCH", 2)
-    frames = draw.generate(loaded, labels, 5, guide, pick, every_scale=True)
+    frames = draw.generate(loaded, labels, 5, options, every_scale=True)
     assert len(frames) == len(loaded.schedule)
     torch.testing.assert_close(frames[-1], expected, atol=1e-4, rtol=0)
+
+
+def test_prompts_draw_with_systems_that_read_them(nextscale, system, tmp_path, refused):
+    recipe = ns.find_recipe("infinity")
+    folder = ns.save(recipe.build(recipe.tiny(), seed=1), tmp_path / "reads")
+    words = ["sample", "--system", folder, "--count", 2, "--seed", 3, "--out", "p.png", "--scales", "s.png"]
+    result = nextscale(*words, "--prompt", "a red apple, sliced", "a cat")
+    assert result.out[-1] == "p.png"
+    first = Path("p.png").read_bytes()
+    assert (
+        nextscale(*words, "--prompt", "a red apple, sliced", "a dog").code == 0 and Path("p.png").read_bytes() != first
+    )
+    assert nextscale("sample", "--system", folder, "--temperature", 0.5, "--prompt", "a", "--out", "t.png").code == 0
+    box = ["--box", "0,0,0.5,1", "--count", 1, "--out", "i.png"]
+    assert nextscale("inpaint", drawing(tmp_path / "d.png"), "--system", folder, "--prompt", "a cat", *box).code == 0
+    assert "prompts (HashWords)" in " ".join(nextscale("info", folder).out)
+    assert "told what to draw by --prompt, not by --labels" in refused(*words, "--labels", "cat")
+    assert "told what to draw by --labels, not by --prompt" in refused("sample", "--system", system, "--prompt", "cat")
+    assert "the recipe infinity has 2b-script" in refused(*words, "--prompt", "a", "--preset", "paper-256")
 
 
 def test_a_class_may_be_called_like_a_number(system):
@@ -233,7 +252,7 @@ def test_demo_writes_both_pictures(nextscale, system):
 
 def test_info_describes_a_system(nextscale, system, tokenizer):
     text = "\n".join(nextscale("info", system).out)
-    for words in ("var: VAR", "32x32", "1 2 3 4", "classes (3)", "cat, dog, 7", "top_k 900", "model.safetensors"):
+    for words in ("var: VAR", "32x32", "1 2 3 4", "classes (3)", "cat, dog, 7", "top-k 900", "model.safetensors"):
         assert words in text
     assert "train generator" in "\n".join(nextscale("info", tokenizer).out)
 

@@ -133,7 +133,7 @@ class EveryCode:
     """A stand-in for a tokenizer: all codes equally often, and images that are off by a known amount."""
 
     def __init__(self, codes: int, errors: list[float]) -> None:
-        self.pyramid = SimpleNamespace(codes=codes)
+        self.pyramid = SimpleNamespace(codes=codes, limit=lambda k: codes)
         self.errors = errors
 
     def encode(self, images: Tensor, schedule: Schedule) -> Encoded:
@@ -299,3 +299,26 @@ def test_curves_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install nextscale\[eval\]"):
         plot_run(tmp_path, tmp_path / "curves.png")
+
+
+def test_gain_of_the_condition_is_zero_for_a_model_that_does_not_listen():
+    """The right caption against another's: 0 without an ear for it, and positive for one that was told the answer."""
+    from nextscale.evaluation.likelihood import _derangement, condition_gain, frequency_accuracy
+
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+    other = _derangement(groups, torch.Generator().manual_seed(0))
+    assert (groups[other] != groups).all()
+    system = var.build(small(num_classes=4), seed=1)
+    tokens = torch.randint(32, (8, system.schedule.length), generator=torch.Generator().manual_seed(1))
+    labels = groups.clone()
+    heard = condition_gain(system, tokens, labels, groups)
+    assert heard.groups == 4 and heard.mean != 0 and heard.standard_error > 0
+    with torch.no_grad():
+        system.model.conditioner.embedding.weight.zero_()
+    deaf = condition_gain(system, tokens, labels, groups)
+    assert deaf.mean == 0 and deaf.scales == [0.0] * len(system.schedule)
+    with pytest.raises(ValueError, match="all of one group"):
+        condition_gain(system, tokens, labels, torch.zeros(8, dtype=torch.long))
+    schedule = system.schedule
+    known = torch.tensor([[3] * schedule.length, [3] * schedule.length, [5] * schedule.length])
+    assert frequency_accuracy(known, known, 32, schedule) == pytest.approx([2 / 3] * len(schedule))

@@ -475,15 +475,15 @@ def test_a_published_file_of_another_size_is_recognised(tmp_path):
 
 
 def test_presets_say_the_reference_settings_in_our_words(files):
-    assert var.SAMPLING["paper-256"].model_dump() == {"guidance": 2.5, "top_k": 900, "top_p": 0.96, "smooth": False}
-    own = ns.load_official("var-tiny", files).sampling
-    assert own.model_dump() | {"smooth": False} == var.SAMPLING["paper-256"].model_dump()
+    paper = {"guidance": 2.5, "ramp": True, "top_k": 900, "top_p": 0.96, "temperature": 1.0, "smooth": False}
+    assert var.SAMPLING["paper-256"].model_dump() == paper
+    assert ns.load_official("var-tiny", files).sampling.model_dump() == paper
     schedule = ns.Schedule.squares(*var.SIZES_256)
     for preset in var.SAMPLING.values():
         weights = preset.options()["guidance"].weights
         assert weights(schedule, 0) == (1, 0) and weights(schedule, 9)[0] == preset.guidance
     with pytest.raises(ValidationError):
-        var.SamplingPreset(guidance=-1)
+        var.SamplingDefaults(guidance=-1)
 
 
 def test_sample_takes_a_preset(files, tmp_path, capsys, monkeypatch):
@@ -501,7 +501,7 @@ def test_sample_takes_a_preset(files, tmp_path, capsys, monkeypatch):
         expected = ns.sample(system, [1, 1], seed=0, **preset.model_copy(update=change).options())
         torch.testing.assert_close(images[-1], expected)
     assert cli.main([*words, "--preset", "papier"]) == 2
-    assert "unknown --preset 'papier'; there are paper-256, paper-512, demo" in capsys.readouterr().err
+    assert "unknown --preset 'papier'; the recipe var has paper-256, paper-512, demo" in capsys.readouterr().err
 
 
 # ---- d16 for real ----------------------------------------------------------------------------------------------------

@@ -75,10 +75,13 @@ def _system_facts(name: str) -> Iterable[tuple[str, str]]:
         yield "model", "none; train one with `nextscale train generator`"
     else:
         yield "model", f"{_millions(system.model)} parameters"
-        yield "sampling", ", ".join(f"{key} {value:g}" for key, value in system.sampling.model_dump().items())
-        count = system.need_model().conditioner.num_classes
-        names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"
-        yield f"classes ({count})", names
+        yield "sampling", system.sampling.words()
+        if system.reader is not None:
+            yield "told by", f"prompts ({type(system.reader).__name__}): nextscale sample --system {name} --prompt TEXT"
+        else:
+            count = system.need_model().conditioner.num_classes
+            names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"
+            yield f"classes ({count})", names
     if folder.is_dir():
         yield "folder", str(folder)
         yield "files", ", ".join(f"{path.name} {_size(path)}" for path in sorted(folder.iterdir()) if path.is_file())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
-from nextscale.cli.draw import Label, caption, generate, read_labels
+from nextscale.cli.draw import PROMPT, Label, caption, generate, read_labels
 from nextscale.cli.options import Flat, Loading, Picking, at_least_one, check_device, check_images, check_pictures
 
 BoxText = Annotated[str, tyro.conf.arg(metavar="Y0,X0,Y1,X1", help_behavior_hint="(this or --mask)")]
@@ -23,6 +23,8 @@ class Inpainting:
     """image file"""
     labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: no class)")] = ""
     """names or numbers of classes with commas between, or none; a row of the picture for each"""
+    prompt: Annotated[tuple[str, ...], PROMPT] = ()
+    """descriptions in words instead of labels, for systems that read them; a row of the picture for each"""
     box: BoxText = ""
     """the part to generate: top, left, bottom, right as fractions of the image"""
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(this or --box)")] = None
@@ -49,7 +51,7 @@ class Outpainting(Inpainting):
 class Editing(Inpainting):
     """A change to given classes."""
 
-    labels: str = field()  # required
+    labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(this or --prompt)")] = ""
     """names or numbers of the target classes with commas between; a row of the picture for each"""
     out: Path = Path("edited.png")
     """picture to write; the extension says the format"""
@@ -83,8 +85,10 @@ def edit(change: Annotated[Editing, Flat]) -> None:
 
     The picture is that of `nextscale inpaint`. The last line is its path.
     """
-    if not change.labels.strip():
-        raise ValueError("edit needs the target classes as --labels; `nextscale inpaint` fills without a class")
+    if not change.labels.strip() and not change.prompt:
+        raise ValueError(
+            "edit needs the target classes as --labels, or --prompt; `nextscale inpaint` fills without a class"
+        )
     print(_apply(change))
 
 
@@ -105,10 +109,12 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     check_device(change.loading.device)
     where = _marked(change.box, change.mask)
 
-    system = change.loading.load()
+    loading = change.loading.told(change.prompt)
+    system = loading.load()
     system.need_model()
-    labels: list[Label] = read_labels(system, change.labels) if change.labels.strip() else [None]
-    guidance, pick, how = picking.resolve(system)
+    told = change.prompt or change.labels.strip()
+    labels: list[Label] = read_labels(system, change.labels, change.prompt) if told else [None]
+    options, how = picking.resolve(system)
     rows = [label for label in labels for _ in range(count)]
     check_images(len(rows) + 3 * len(labels))
     source = ns.read_images(change.image, system.image_size)
@@ -119,7 +125,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
         marked = generated_tokens(system, 1, box=where, inside=inside)
     tokens = ns.encode(system, source)
     kept = ns.keep_tokens(tokens, keep_masks(~marked, system.schedule))  # one row, for all images
-    results = generate(system, rows, picking.seed, guidance, pick, edit=kept)[-1]
+    results = generate(system, rows, picking.seed, options, edit=kept)[-1]
 
     stride: Any = system.tokenizer.stride
     grey = marked.cpu()[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3)  # [1, 1, H, W]
@@ -130,7 +136,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
         for label in labels
         for text in ("source", "to generate", "reconstruction", *[caption(system, label)] * count)
     ]
-    title = f"{change.loading.name}, {change.image.name}, seed {picking.seed}, {how}"
+    title = f"{loading.name}, {change.image.name}, seed {picking.seed}, {how}"
     return save_images(torch.cat(tiles), change.out, columns=3 + count, labels=captions, title=title)
 
 

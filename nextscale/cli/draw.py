@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,25 +17,26 @@ from nextscale.cli.options import (
     check_device,
     check_images,
     check_pictures,
-    check_preset,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nextscale.sampling.guidance import Guidance
     from nextscale.sampling.loop import Edit
-    from nextscale.sampling.pick import Pick
+    from nextscale.schedule import Schedule
     from nextscale.system import System
 
 BATCH = 64  # images sampled at once; an image does not depend on its batch
 DEMO_LABELS, DEMO_COUNT, DEMO_SCALES = 12, 4, 8
 
+# As many words as there are prompts: each is one argument.
+PROMPT = tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")
 Label = str | int | None  # the name or number of a class, or none
 
 
 def sample(
     labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: the first 8 classes)")] = "",
+    prompt: Annotated[tuple[str, ...], PROMPT] = (),
     count: int = 8,
     preset: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
     out: Path = Path("grid.png"),
@@ -44,17 +45,19 @@ def sample(
     picking: Annotated[Picking, Flat] = Picking(),
     loading: Annotated[Loading, Flat] = Loading(),
 ) -> None:
-    """Generate images of given labels into one labelled picture.
+    """Generate images of given labels, or of prompts, into one labelled picture.
 
     Try: nextscale sample --labels "animals-nature,food-drink" --seed 7 --scales scales.png
+    Or: nextscale sample --prompt "a red apple" "a smiling cat"
 
     The same command draws the same picture; image i draws from seed + i. The last line is the picture's path.
 
     Args:
         labels: names or numbers of classes with commas between, or none; `nextscale info SYSTEM` lists them
-        count: images for each label
-        preset: sampling settings by name, which other options change: paper-256 and paper-512 (the published scores),
-            demo, better (smooth, strong guidance), editing
+        prompt: descriptions in words instead of labels, for systems that read them
+        count: images for each label or prompt
+        preset: sampling settings by name, which other options change; of VAR's: paper-256 and paper-512 (the published
+            scores), demo, better (smooth, strong guidance), editing
         out: picture to write; the extension says the format
         scales: also write the same images scale by scale into this picture
         columns: images in a row
@@ -63,19 +66,20 @@ def sample(
 
     at_least_one(count=count, columns=columns)
     picking.check()
-    check_preset(preset)
     check_pictures(out, *([scales] if scales else []))
     check_device(loading.device)
 
+    loading = loading.told(prompt)
     system = loading.load()
-    rows = [label for label in read_labels(system, labels) for _ in range(count)]
+    rows = [label for label in read_labels(system, labels, prompt) for _ in range(count)]
     check_images(len(rows))
-    guidance, pick, how = picking.resolve(system, preset)
-    frames = generate(system, rows, picking.seed, guidance, pick, every_scale=scales is not None)
+    options, how = picking.resolve(system, preset)
+    frames = generate(system, rows, picking.seed, options, every_scale=scales is not None)
     captions = [caption(system, label) for label in rows]
     title = f"{loading.name}, seed {picking.seed}, {how}"
     if scales:
-        print(_save_scales(system, frames, captions, scales, title))
+        schedule = options.get("schedule") or system.schedule
+        print(_save_scales(schedule, frames, captions, scales, title))
     print(save_images(frames[-1], out, columns=columns or (count if count > 1 else None), labels=captions, title=title))
 
 
@@ -94,13 +98,13 @@ def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading())
     check_device(loading.device)
     system, picking = loading.load(), Picking()
     # The groups are the first classes of the emoji systems.
-    labels = [label for label in read_labels(system, "", DEMO_LABELS) for _ in range(DEMO_COUNT)]
-    guidance, pick, how = picking.resolve(system)
-    frames = generate(system, labels, picking.seed, guidance, pick, every_scale=True)
+    labels = [label for label in read_labels(system, "", most=DEMO_LABELS) for _ in range(DEMO_COUNT)]
+    options, how = picking.resolve(system)
+    frames = generate(system, labels, picking.seed, options, every_scale=True)
     captions = [caption(system, label) for label in labels]
     title = f"{loading.name}, seed {picking.seed}, {how}"
     some = slice(0, DEMO_COUNT * DEMO_SCALES, DEMO_COUNT)  # the first image of each label
-    print(_save_scales(system, [frame[some] for frame in frames], captions[some], scales, title))
+    print(_save_scales(system.schedule, [frame[some] for frame in frames], captions[some], scales, title))
     print(save_images(frames[-1], grid, columns=2 * DEMO_COUNT, labels=captions, title=title))
 
 
@@ -127,6 +131,7 @@ def reconstruct(
     import torch
 
     from nextscale.data.images import save_images
+    from nextscale.evaluation.reconstruction import at_size
 
     if not images:
         raise ValueError("reconstruct needs at least one image file; try `nextscale reconstruct dog.png`")
@@ -135,11 +140,11 @@ def reconstruct(
     system = loading.load()
     originals = ns.read_images(images, system.image_size)
     tokens = ns.encode(system, originals)
-    steps = [ns.decode(system, tokens[: k + 1]).cpu() for k in range(len(tokens))]
+    steps = [at_size(ns.decode(system, tokens[: k + 1]).cpu(), system.image_size) for k in range(len(tokens))]
     scores = torch.stack([ns.psnr(step, originals) for step in steps], dim=1).tolist()  # [B, K]
     labels = []
     for path, row in zip(images, scores, strict=True):
-        marks = zip(_scale_names(system), row, strict=True)
+        marks = zip(_scale_names(system.schedule), row, strict=True)
         labels += [path.name, *(f"{name} {score:.1f} dB" for name, score in marks)]
         print(f"{path}  {row[-1]:.2f} dB")
     tiles = torch.stack([originals, *steps], dim=1).flatten(0, 1)
@@ -149,8 +154,13 @@ def reconstruct(
 # ---- what drawing is made of -----------------------------------------------------------------------------------------
 
 
-def read_labels(system: System, text: str, most: int = 8) -> list[Label]:
-    """What the user wrote as labels that the system has; nothing means the first `most` classes."""
+def read_labels(system: System, text: str, prompt: Sequence[str] = (), *, most: int = 8) -> list[Label]:
+    """What the user wrote as labels or prompts that the system takes; nothing means the first `most` classes."""
+    if (system.reader is not None) != bool(prompt) or (prompt and text.strip()):
+        takes, other = ("--prompt", "--labels") if system.reader is not None else ("--labels", "--prompt")
+        raise ValueError(f"this system is told what to draw by {takes}, not by {other}; `nextscale list` names others")
+    if prompt:
+        return list(prompt)
     num_classes = system.need_model().conditioner.num_classes
     if not text.strip():
         return [*(system.classes or range(num_classes))][:most]
@@ -180,45 +190,51 @@ def generate(
     system: System,
     labels: Sequence[Label],
     seed: int,
-    guidance: Guidance,
-    pick: Pick,
+    options: Mapping[str, Any],
     *,
     edit: Edit | None = None,
     every_scale: bool = False,
 ) -> list[Tensor]:
-    """Images [B, 3, H, W] of `ns.sample` after each scale, or of the last one alone: a list of K or of one."""
+    """Images [B, 3, H, W] of `ns.sample` after each scale, or of the last one alone: a list of K or of one.
+
+    `options`: guidance, pick, and perhaps a schedule.
+    """
     import torch
     from tqdm import tqdm
 
+    from nextscale.evaluation.reconstruction import at_size
+
     tokenizer: Any = system.tokenizer
-    last = len(system.schedule)
+    schedule: Any = options.get("schedule") or system.schedule
+    size = [side * tokenizer.stride for side in schedule[-1]]
+    last = len(schedule)
     starts = range(0, len(labels), BATCH)
     batches = []
     with torch.inference_mode(), tqdm(total=last * len(starts), desc="sampling", unit="scale") as bar:
         for first in starts:
             some = labels[first : first + BATCH]
-            state = ns.start(system, some, guidance=guidance, pick=pick, edit=edit, seed=seed + first)
+            state = ns.start(system, some, edit=edit, seed=seed + first, **options)
             frames = []
             while state.k < last:
                 state = ns.step(system, state)
                 if every_scale or state.k == last:
-                    frames.append(tokenizer.decode(state.f_hat).clamp(-1, 1).cpu())
+                    frames.append(at_size(tokenizer.decode(state.f_hat).clamp(-1, 1), size).cpu())
                 bar.update()
             batches.append(frames)
     return [torch.cat(frames) for frames in zip(*batches, strict=True)]
 
 
-def _scale_names(system: System) -> list[str]:
-    return [f"{h}x{w}" for h, w in system.schedule.sizes]
+def _scale_names(schedule: Schedule) -> list[str]:
+    return [f"{h}x{w}" for h, w in schedule.sizes]
 
 
-def _save_scales(system: System, frames: Sequence[Tensor], captions: Sequence[str], path: Path, title: str) -> Path:
+def _save_scales(schedule: Schedule, frames: Sequence[Tensor], captions: Sequence[str], path: Path, title: str) -> Path:
     """Write a row for each image, a column for each scale."""
     import torch
 
     from nextscale.data.images import save_images
 
-    *names, final = _scale_names(system)
+    *names, final = _scale_names(schedule)
     labels = [label for text in captions for label in (*names, f"{final} {text}")]
     tiles = torch.stack(list(frames), dim=1).flatten(0, 1)
     return save_images(tiles, path, columns=len(frames), labels=labels, title=title)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +14,10 @@ import tyro
 import nextscale as ns
 
 if TYPE_CHECKING:
-    from nextscale.sampling.guidance import Guidance
-    from nextscale.sampling.pick import Pick
     from nextscale.system import System
 
 SHIPPED = "emoji-64"
+SHIPPED_TEXT = "emoji-64-text"
 MOST_IMAGES = 4096  # in one grid
 
 Flat = tyro.conf.arg(name="")  # the fields become flags without a prefix
@@ -31,7 +31,7 @@ Own = tyro.conf.arg(help_behavior_hint="(default: the system's own)")
 class Loading:
     """Which system, and where it computes."""
 
-    system: str = SHIPPED
+    system: Annotated[str, tyro.conf.arg(help_behavior_hint=f"(default: {SHIPPED}; {SHIPPED_TEXT} for prompts)")] = ""
     """shipped name, folder, or hub name"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps"""
@@ -39,11 +39,15 @@ class Loading:
     @property
     def name(self) -> str:
         """The system's name in titles."""
-        return Path(self.system).name
+        return Path(self.system or SHIPPED).name
 
     def load(self) -> System:
         """The system on the device."""
-        return ns.load(self.system, device=self.device)
+        return ns.load(self.system or SHIPPED, device=self.device)
+
+    def told(self, prompt: Sequence[str]) -> Loading:
+        """The same, with the shipped system that reads prompts where there are some and no system was named."""
+        return replace(self, system=SHIPPED_TEXT) if prompt and not self.system else self
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class Picking:
     seed: int = 0
     """seed of the first image"""
     guidance: Annotated[float | None, Own] = None
-    """weight of classifier-free guidance at the last scale (a ramp from 1); 1: off"""
+    """weight of classifier-free guidance, of a ramp at the last scale; 1: off"""
     top_k: Annotated[int | None, Own] = None
     """keep the k most likely tokens; 0: all"""
     top_p: Annotated[float | None, Own] = None
     """keep the fewest tokens with this probability; 0: all"""
+    temperature: Annotated[float | None, Own] = None
+    """divides the logits; below 1 is sharper"""
     greedy: bool = False
     """always take the most likely token"""
     smooth: bool = False
@@ -66,30 +72,33 @@ class Picking:
     def check(self) -> None:
         """Refuse what no system can do."""
         check_seed(self.seed)
-        if self.greedy and (self.smooth or self.top_k is not None or self.top_p is not None):
+        own = (self.top_k, self.top_p, self.temperature)
+        if self.greedy and (self.smooth or any(value is not None for value in own)):
             raise ValueError(
-                "--greedy goes without --smooth, --top-k and --top-p: it always takes the most likely token"
+                "--greedy goes without --smooth, --top-k, --top-p and --temperature: it always takes the most likely token"
             )
 
-    def resolve(self, system: System, preset: str = "") -> tuple[Guidance, Pick, str]:
-        """Guidance and pick, the preset's or else the system's own where nothing is given; and what they are, in words."""
-        from nextscale.recipes.generators.var import SAMPLING, SamplingPreset
-
-        given = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p")}
-        own = SAMPLING[preset] if preset else system.sampling
-        settings = SamplingPreset.model_validate(
-            own.model_dump() | {name: n for name, n in given.items() if n is not None}
-        )
-        smooth = self.smooth or settings.smooth
+    def resolve(self, system: System, preset: str = "") -> tuple[dict[str, Any], str]:
+        """Arguments of `ns.sample`, the preset's or else the system's own where nothing is given; and what they are, in
+        words."""
+        own: Any = preset_of(system, preset) if preset else system.sampling
+        given = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p", "temperature")}
+        changes = {name: number for name, number in given.items() if number is not None}
+        settings = type(own).model_validate(own.model_dump() | changes | ({"smooth": True} if self.smooth else {}))
         if not math.isfinite(settings.guidance):
             raise ValueError(f"--guidance must be a finite number, got {settings.guidance}; 1 is off, 2 to 4 are usual")
-        words = f"guidance {settings.guidance:g}"
+        options, words = settings.options(), settings.words()
         if self.greedy:
-            return ns.cfg_ramp(settings.guidance), ns.greedy, f"{words}, greedy"
-        k, p = settings.top_k, settings.top_p
-        pick: Any = ns.gumbel_soft(k, p) if smooth else ns.top_k_top_p(k, p)
-        words += f", top-k {k}, top-p {p:g}" + (", smooth" if smooth else "")
-        return ns.cfg_ramp(settings.guidance), pick, words
+            return options | {"pick": ns.greedy}, f"{words.partition(', top-k')[0]}, greedy"
+        return options, words
+
+
+def preset_of(system: System, name: str) -> Any:
+    """Sampling settings that the system's recipe knows by a name."""
+    presets = getattr(ns.find_recipe(system.recipe), "SAMPLING", {})
+    if name not in presets:
+        raise ValueError(f"unknown --preset {name!r}; the recipe {system.recipe} has {', '.join(presets) or 'none'}")
+    return presets[name]
 
 
 # ---- checks at the door ----------------------------------------------------------------------------------------------
@@ -106,14 +115,6 @@ def check_seed(seed: int) -> None:
     """Refuse seeds that the generators of all images of a picture cannot take."""
     if not 0 <= seed < 2**63 - MOST_IMAGES:
         raise ValueError(f"--seed must be a whole number from 0 to about 9e18, got {seed}")
-
-
-def check_preset(preset: str) -> None:
-    """Refuse names that no sampling settings have."""
-    from nextscale.recipes.generators.var import SAMPLING
-
-    if preset and preset not in SAMPLING:
-        raise ValueError(f"unknown --preset {preset!r}; there are {', '.join(SAMPLING)}")
 
 
 def check_device(device: str) -> None:

@@ -77,7 +77,7 @@ class EmojiDataset(Dataset[dict[str, Any]]):
     """Drawings as a map-style dataset.
 
     An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number of the group), `labels` (numbers of the
-    group and the subgroup), `caption`, `tags`, `hexcode`, `group`, `subgroup`, `mirror_ok`.
+    group and the subgroup), `caption`, `captions` (see `captions_of`), `tags`, `hexcode`, `group`, `subgroup`, `mirror_ok`.
     Attributes: `images` uint8 [N, 3, H, W], `rows`, `classes`, `mirror_ok` bool [N].
     """
 
@@ -106,6 +106,7 @@ class EmojiDataset(Dataset[dict[str, Any]]):
             "label": self.labels[index][0],
             "labels": self.labels[index],
             "caption": row.caption,
+            "captions": captions_of(row),
             "tags": row.tags,
             "hexcode": row.hexcode,
             "group": row.group,
@@ -161,6 +162,12 @@ def table() -> list[EmojiRow]:
     lines = [line for line in lines if not line.startswith("#")]
     names = lines[0].split("\t")
     return [EmojiRow(**dict(zip(names, line.split("\t"), strict=True))) for line in lines[1:]]
+
+
+def captions_of(row: EmojiRow) -> tuple[str, ...]:
+    """What one may say of a drawing: its name; its name and groups; its groups alone."""
+    groups = f"{row.subgroup}, {row.group}".replace("-", " ")
+    return row.caption, f"{row.caption} ({groups})", groups
 
 
 def class_names(rows: list[EmojiRow]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nextscale.model.text import Text
 
-REMEMBERED = 8192  # texts
+REMEMBERED = 16384  # texts
 
 
 class TextEncoder:

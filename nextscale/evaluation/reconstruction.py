@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def evaluate_tokenizer(
         encoded = tokenizer.encode(images, schedule)
         images_seen += len(images)
         for k, f_hat in enumerate(encoded.f_hats):
-            errors[k].append(_mse(at_size_of(images, tokenizer.decode(f_hat)), images).cpu())
+            errors[k].append(_mse(at_size(tokenizer.decode(f_hat), images.shape[-2:]), images).cpu())
         found = code_counts(encoded.tokens, codes)
         counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
     if counts is None:
@@ -88,8 +89,8 @@ def code_counts(tokens: list[Tensor], codes: int) -> list[Tensor]:
     return counts
 
 
-def at_size_of(images: Tensor, decoded: Tensor) -> Tensor:
-    """Decoded images at the size of `images`: pyramids without a running sum decode a coarse scale to a small image."""
-    if decoded.shape[-2:] == images.shape[-2:]:
+def at_size(decoded: Tensor, size: Sequence[int]) -> Tensor:
+    """Decoded images at the size (h, w): pyramids without a running sum decode a coarse scale to a small image."""
+    if tuple(decoded.shape[-2:]) == tuple(size):
         return decoded
-    return F.interpolate(decoded.clamp(-1, 1), size=images.shape[-2:], mode="bicubic", antialias=True)
+    return F.interpolate(decoded.clamp(-1, 1), size=tuple(size), mode="bicubic", antialias=True)

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ from tqdm import tqdm
 
 import nextscale
 from nextscale.data.images import save_images
-from nextscale.evaluation.likelihood import evaluate_likelihood, frequency_cross_entropy, unigram_entropy
+from nextscale.evaluation.likelihood import (
+    condition_gain,
+    evaluate_likelihood,
+    frequency_accuracy,
+    frequency_cross_entropy,
+    unigram_entropy,
+)
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
-from nextscale.evaluation.reconstruction import evaluate_tokenizer, psnr
+from nextscale.evaluation.reconstruction import at_size, evaluate_tokenizer, psnr
 from nextscale.files import atomic_write
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
@@ -68,7 +75,7 @@ def evaluate(
     if system.model is not None:
         training, held_out = encode_images(system, data.train), encode_images(system, data.val)
         _check_labels(system, training, held_out)
-        report["likelihood"] = _likelihood(system, training, held_out)
+        report["likelihood"] = _likelihood(system, training, held_out, base_groups(data.val)[0])
         report["samples"] = _samples(system, data, training, samples, seed, out, progress)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
@@ -156,7 +163,7 @@ def _save_reconstructions(system: System, val: Dataset, path: Path, count: int =
     images = torch.stack([val[i * total // count]["image"] for i in range(count)]).to(system.device)
     rows, labels = [images], ["original"] * count
     for size, f_hat in zip(system.schedule.sizes, system.tokenizer.encode(images, system.schedule).f_hats, strict=True):
-        rows.append(system.tokenizer.decode(f_hat).clamp(-1, 1))
+        rows.append(at_size(system.tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1))
         labels += [f"{_side(size)}: {value:.1f} dB" for value in psnr(rows[-1], images).tolist()]
     title = "Validation images, then the reconstruction after each scale, with its PSNR"
     save_images(torch.cat(rows), path, columns=count, labels=labels, title=title)
@@ -176,21 +183,30 @@ def _reconstructions(system: System, val: Dataset) -> Tensor:
 # ---- the generator's knowledge --------------------------------------------------------------------------------------
 
 
-def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages) -> dict[str, Any]:
+def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages, groups: Tensor) -> dict[str, Any]:
     """Nats a token on the validation tokens: two tables of frequencies, then the model under each kind of label."""
     schedule, codes = system.schedule, system.tokenizer.pyramid.codes
+    frequent = frequency_accuracy(training.content, held_out.content, codes, schedule)
     result: dict[str, Any] = {
         "unigram_entropy": _with_mean(unigram_entropy(held_out.content, codes, schedule), schedule),
         "training_frequencies": _with_mean(
             frequency_cross_entropy(training.content, held_out.content, codes, schedule), schedule
         ),
+        "frequency_accuracy": _with_mean(frequent, schedule),
         "model": {},
     }
     kinds = held_out.labels.shape[1]
     names = {1: ["label"], 2: ["group", "subgroup"]}.get(kinds, [f"label {i}" for i in range(kinds)])
+    if held_out.texts is not None:
+        names = {1: ["caption"], 3: ["name", "name and groups", "groups"]}.get(
+            kinds, [f"text {i}" for i in range(kinds)]
+        )
     for i, name in enumerate(names):
-        found = evaluate_likelihood(system, held_out.content, held_out.values(held_out.labels[:, i]), BATCH)
+        labels = held_out.values(held_out.labels[:, i])
+        found = evaluate_likelihood(system, held_out.content, labels, BATCH)
+        gain = condition_gain(system, held_out.content, labels, groups) if len(groups.unique()) > 1 else None
         result["model"][name] = {
+            "gain": gain and asdict(gain),
             "cross_entropy": _with_mean(found.cross_entropy, schedule),
             "accuracy": _with_mean(found.accuracy, schedule),
         }
@@ -237,7 +253,7 @@ def _samples(
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
     return {
-        "sampling": system.sampling.model_dump(mode="json"),
+        "sampling": system.sampling.words(),
         "distance": distance,
         "validation_q5": limit,
         "below_validation_q5": float((near.distances < limit).float().mean()),
@@ -335,8 +351,9 @@ def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]
     columns = {
         "unigram entropy": likelihood["unigram_entropy"],
         "training frequencies": likelihood["training_frequencies"],
+        "their accuracy": likelihood["frequency_accuracy"],
     }
-    formats = ["{:.3f}", "{:.3f}"]
+    formats = ["{:.3f}", "{:.3f}", "{:.1%}"]
     for name, values in likelihood["model"].items():
         columns |= {f"model, {name}": values["cross_entropy"], f"accuracy, {name}": values["accuracy"]}
         formats += ["{:.3f}", "{:.1%}"]
@@ -346,15 +363,30 @@ def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]
     ]
     means = [column["mean"] for column in columns.values()]
     rows.append(["all tokens", *(f.format(mean) for f, mean in zip(formats, means, strict=True))])
+    gains = {name: values["gain"] for name, values in likelihood["model"].items() if values["gain"]}
+    listed = [
+        [
+            name,
+            *(f"{value:.3f}" for value in gain["scales"]),
+            f"{gain['mean']:.4f} +- {gain['standard_error']:.4f}",
+            gain["groups"],
+        ]
+        for name, gain in gains.items()
+    ]
     return [
         "",
         "## Likelihood",
         "",
         "Cross-entropy of the validation tokens in nats a token, teacher-forced; lower is better. Unigram entropy: the",
         "best table of frequencies at each scale, taken from these very tokens. Training frequencies: the table of the",
-        "training tokens, one added to each count.",
+        "training tokens, one added to each count; accuracy: of the most likely code, or bit.",
         "",
         *_table(["scale", *columns], rows),
+        "",
+        "What the right condition is worth: nats a token that the condition of an image of another base costs more. Over",
+        "all tokens with the standard error over bases.",
+        "",
+        *_table(["condition", *sizes, "all tokens", "bases"], listed),
     ]
 
 
@@ -375,8 +407,7 @@ def _sample_lines(samples: dict[str, Any]) -> list[str]:
         "",
         "## Samples",
         "",
-        f"Labels as frequent as in the training data; guidance ramp to {sampling['guidance']}, "
-        f"top-k {sampling['top_k']}, top-p {sampling['top_p']}.",
+        f"Labels as frequent as in the training data; {sampling}.",
         "",
         "![samples](samples.png)",
         "",

@@ -11,8 +11,8 @@ from torch import Tensor
 from nextscale.model.attention import Cache
 from nextscale.model.condition import Condition
 from nextscale.model.transformer import Prepared
-from nextscale.sampling.guidance import Guidance, cfg_ramp
-from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at, top_k_top_p
+from nextscale.sampling.guidance import Guidance
+from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System
 
@@ -74,8 +74,8 @@ def start(
     """The state before the first scale; the arguments are those of `sample_tokens`."""
     model = system.need_model()
     schedule = schedule or system.schedule
-    guidance = guidance or cfg_ramp(system.sampling.guidance)
-    pick = pick or top_k_top_p(system.sampling.top_k, system.sampling.top_p)
+    defaults = system.sampling.options()
+    guidance, pick = guidance or defaults["guidance"], pick or defaults["pick"]
     condition = system.condition(labels)
     batch = len(condition)
     null = model.conditioner.null(condition)

@@ -1,4 +1,6 @@
-"""How a system samples when the caller says nothing."""
+"""How a system samples when the caller says nothing. No torch in here until `options` is called."""
+
+from typing import Any
 
 from pydantic import Field
 
@@ -6,8 +8,29 @@ from nextscale.settings import Settings
 
 
 class SamplingDefaults(Settings):
-    """The guidance ramp and the filter that go with a system's weights."""
+    """The guidance and the filter that go with a system's weights."""
 
-    guidance: float = Field(2.5, ge=0, description="guidance weight at the last scale (a ramp from 1); 1: off")
+    guidance: float = Field(2.5, ge=0, description="guidance weight, with a ramp that at the last scale; 1: off")
+    ramp: bool = Field(True, description="let the weight rise from 1 at the first scale; else it is the same at all")
     top_k: int = Field(900, ge=0, description="keep the k most likely tokens; 0: all")
     top_p: float = Field(0.96, ge=0, le=1, description="keep the smallest set with this probability; 0: all")
+    temperature: float = Field(1.0, gt=0, description="divides the logits; below 1 is sharper")
+    smooth: bool = Field(False, description="mix tokens softly instead of drawing one")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments `guidance` and `pick` of `ns.sample`."""
+        from nextscale.sampling.guidance import cfg, cfg_ramp
+        from nextscale.sampling.pick import gumbel_soft, tempered, top_k_top_p
+
+        pick = gumbel_soft(self.top_k, self.top_p) if self.smooth else top_k_top_p(self.top_k, self.top_p)
+        return {
+            "guidance": (cfg_ramp if self.ramp else cfg)(self.guidance),
+            "pick": pick if self.temperature == 1 else tempered(pick, self.temperature),
+        }
+
+    def words(self) -> str:
+        """The same for a title."""
+        kinds = {", constant": not self.ramp, f", temperature {self.temperature:g}": self.temperature != 1}
+        changed = "".join(words for words, said in kinds.items() if said)
+        smooth = ", smooth" if self.smooth else ""
+        return f"guidance {self.guidance:g}{changed}, top-k {self.top_k}, top-p {self.top_p:g}{smooth}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from nextscale.evaluation.reconstruction import at_size_of, code_counts, evaluate_tokenizer
+from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.discriminator import (
     PatchDiscriminator,
@@ -263,7 +263,7 @@ class TokenizerTask:
         tokenizer = module["tokenizer"]
         images = images.to(self.config.device)
         encoded = tokenizer.encode(images, self.schedule)
-        rows = [images] + [at_size_of(images, tokenizer.decode(f_hat)).clamp(-1, 1) for f_hat in encoded.f_hats]
+        rows = [images] + [at_size(tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1) for f_hat in encoded.f_hats]
         return {"reconstruction": torch.cat(rows)}
 
 

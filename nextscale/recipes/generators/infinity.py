@@ -40,8 +40,6 @@ from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
 from nextscale.model.settings import TransformerSettings
 from nextscale.model.text import NegativeText, TextBlock, TextCondition
 from nextscale.model.transformer import Transformer
-from nextscale.sampling.guidance import cfg
-from nextscale.sampling.pick import tempered, top_k_top_p
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -212,7 +210,7 @@ class Config(Settings):
     text: TextSettings = TextSettings()
     bit_loss: Literal["mean", "sum"] = Field("mean", description="loss of a token: over its bits")
     objective: SelfCorrection = SelfCorrection()
-    sampling: SamplingDefaults = SamplingDefaults(guidance=3.0, top_k=0, top_p=0.97)
+    sampling: SamplingDefaults = SamplingDefaults(guidance=3.0, ramp=False, top_k=0, top_p=0.97)
 
     @property
     def schedule(self) -> Schedule:
@@ -256,7 +254,7 @@ def emoji_64_text(**changes: object) -> Config:
             depth=8, dim=192, num_heads=6, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
         "text": TextSettings(encoder="minilm", dim=384, length=32, pool_heads=3),
-        "sampling": SamplingDefaults(guidance=3.0, top_k=0, top_p=0.97),
+        "sampling": SamplingDefaults(guidance=3.0, ramp=False, top_k=0, top_p=0.97),
     }
     return Config.model_validate(settings | changes)
 
@@ -458,23 +456,11 @@ def official_config(
 # ---- the published models ---------------------------------------------------------------------------------------------
 
 
-class SamplingPreset(Settings):
-    """Sampling settings with a name; the same guidance and temperature at all scales, the first included."""
-
-    guidance: float
-    temperature: float
-    top_k: int = Field(900, description="more than a bit's two values, so without effect")
-    top_p: float = 0.97
-
-    def options(self) -> dict[str, Any]:
-        """Arguments `guidance` and `pick` of `ns.sample`."""
-        return {"guidance": cfg(self.guidance), "pick": tempered(top_k_top_p(self.top_k, self.top_p), self.temperature)}
-
-
-SAMPLING: dict[str, SamplingPreset] = {
-    "2b-script": SamplingPreset(guidance=4.0, temperature=0.5),
-    "2b-notebook": SamplingPreset(guidance=3.0, temperature=0.5),
-    "8b-notebook": SamplingPreset(guidance=3.0, temperature=1.0),
+# The same guidance and temperature at all scales, the first included. 900 is more than a bit's two values: no effect.
+SAMPLING: dict[str, SamplingDefaults] = {
+    "2b-script": SamplingDefaults(guidance=4.0, ramp=False, temperature=0.5, top_p=0.97),
+    "2b-notebook": SamplingDefaults(guidance=3.0, ramp=False, temperature=0.5, top_p=0.97),
+    "8b-notebook": SamplingDefaults(guidance=3.0, ramp=False, top_p=0.97),
 }
 
 # Depth, width and heads of the sizes that the official code names.

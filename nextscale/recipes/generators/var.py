@@ -23,8 +23,6 @@ from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
 from nextscale.model.settings import TransformerSettings
 from nextscale.model.transformer import Transformer
-from nextscale.sampling.guidance import cfg_ramp
-from nextscale.sampling.pick import gumbel_soft, top_k_top_p
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -305,24 +303,14 @@ SIZES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIZES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
-class SamplingPreset(SamplingDefaults):
-    """Sampling settings with a name. Guidance is a ramp from 1: the first scale is never guided."""
-
-    smooth: bool = Field(False, description="mix tokens softly instead of drawing one")
-
-    def options(self) -> dict[str, Any]:
-        """Arguments `guidance` and `pick` of `ns.sample`."""
-        k, p = self.top_k, self.top_p
-        return {"guidance": cfg_ramp(self.guidance), "pick": gumbel_soft(k, p) if self.smooth else top_k_top_p(k, p)}
-
-
-# The reference's `cfg=c` is guidance 1 + c. Its README gives one setting for the FID of both resolutions.
-SAMPLING: dict[str, SamplingPreset] = {
-    "paper-256": SamplingPreset(guidance=2.5, top_k=900, top_p=0.96),
-    "paper-512": SamplingPreset(guidance=2.5, top_k=900, top_p=0.96),
-    "demo": SamplingPreset(guidance=5.0, top_k=900, top_p=0.95),
-    "better": SamplingPreset(guidance=6.0, top_k=900, top_p=0.95, smooth=True),
-    "editing": SamplingPreset(guidance=4.0, top_k=900, top_p=0.95, smooth=True),
+# Guidance is a ramp from 1: the first scale is never guided. The reference's `cfg=c` is guidance 1 + c. Its README gives one
+# setting for the FID of both resolutions.
+SAMPLING: dict[str, SamplingDefaults] = {
+    "paper-256": SamplingDefaults(guidance=2.5, top_k=900, top_p=0.96),
+    "paper-512": SamplingDefaults(guidance=2.5, top_k=900, top_p=0.96),
+    "demo": SamplingDefaults(guidance=5.0, top_k=900, top_p=0.95),
+    "better": SamplingDefaults(guidance=6.0, top_k=900, top_p=0.95, smooth=True),
+    "editing": SamplingDefaults(guidance=4.0, top_k=900, top_p=0.95, smooth=True),
 }
 
 
