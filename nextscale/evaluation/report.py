@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import nextscale
 from nextscale.data.images import save_images
+from nextscale.evaluation.distance import kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
     evaluate_likelihood,
@@ -252,7 +253,14 @@ def _samples(
         others = nearest(training[queries], training, groups=groups, own=groups[queries], progress=progress)
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
+    known_features, val_features = lite0_features(training), lite0_features(val)
+    kid = {
+        "samples, training": kernel_distance(lite0_features(images), known_features),
+        "samples, validation": kernel_distance(lite0_features(images), val_features),
+        "validation, training": kernel_distance(val_features, known_features),
+    }
     return {
+        "kid_lite0": kid,
         "sampling": system.sampling.words(),
         "distance": distance,
         "validation_q5": limit,
@@ -425,6 +433,8 @@ def _sample_lines(samples: dict[str, Any]) -> list[str]:
                 f"* {found['images']} {name}: mean distance of two {found['mean']:.3f}; "
                 f"{found['close_pairs']} of {found['pairs']} pairs closer than {spread['threshold']}"
             )
+    kid = ", ".join(f"{name} {value:.4f}" for name, value in samples["kid_lite0"].items())
+    lines += ["", f"Kernel distance on features of EfficientNet-lite0 (`kid_lite0`; 0: alike): {kid}."]
     return [*lines, "", "![neighbours](neighbours.png)"]
 
 
