@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ class GeneratorTask:
             return {}
         labels = self.val.values(self.val.labels[:, 0])
         return evaluate_likelihood(self.system.with_model(module), self.val.content, labels).metrics()
+
+    @staticmethod
+    def score(metrics: Mapping[str, float]) -> float:
+        """Less loss is better."""
+        return -metrics["loss"]
 
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Samples of the first labels in turn, with the same seeds each time."""

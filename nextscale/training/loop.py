@@ -7,8 +7,12 @@ killed therefore goes on as if nothing had happened, from weights, optimizer sta
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-from nextscale.files import atomic_write
+from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.log import RunLog
 from nextscale.training.rates import learning_rate, weight_decay
 from nextscale.training.settings import TrainConfig
@@ -41,6 +45,9 @@ class Task(Protocol):
 
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Rows of images to look at, float [B, 3, H, W] in [-1, 1]."""
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """How good these validation metrics are; higher is better. The best checkpoint is kept."""
 
     def averaged(self, ema: AveragedModel | None, step: int) -> None:
         """Called after the average was updated, for state that must be copied, not averaged."""
@@ -115,12 +122,34 @@ def autocast(config: TrainConfig) -> torch.autocast:
 
 
 def descend(module: nn.Module, optimizer: Optimizer, loss: Tensor, clip: float) -> Tensor:
-    """One optimizer step on a loss; returns the gradient norm before clipping."""
+    """One optimizer step on a loss; returns the gradient norm before clipping. If that is not finite, nothing changes."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
-    optimizer.step()
+    if norm.isfinite():
+        optimizer.step()
     return norm
+
+
+def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
+    """Name of the first module, in the order of computing, whose output is not finite while `run` uses it."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    parts = [(name, part) for name, part in module.named_modules() if not list(part.children())]
+    hooks = [part.register_forward_hook(look(f"{name} ({type(part).__name__})")) for name, part in parts]
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else "none: all outputs are finite, so it is the loss or its gradient"
 
 
 def average(module: nn.Module, decay: float) -> AveragedModel | None:
@@ -154,10 +183,11 @@ def fit(
     """Run (or go on with) a training in the folder `out`; returns the averaged module.
 
     `transform(batch, generator)` augments a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
-    `checkpoint.pt`. A finished run returns at once.
+    `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
     """
     ema = average(task.module, config.ema)
-    first = _resume(task, ema, config, out)
+    checkpoints = Checkpoints(out / "checkpoints", config.keep)
+    first = _resume(task, ema, config, checkpoints)
     log = RunLog(out, config.steps, description, first)
     loader = DataLoader(
         data,
@@ -166,7 +196,8 @@ def fit(
         collate_fn=getattr(data, "collate", collate),
     )
     shown = ema.module if ema else task.module
-    with torch.random.fork_rng(), log.progress() as bar:
+    best, skipped = checkpoints.best_score(), 0
+    with torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
         started = time.perf_counter()
         for step, batch in enumerate(loader, start=first):
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout draws from torch's own generator
@@ -174,57 +205,84 @@ def fit(
             if transform is not None:
                 batch = transform(batch, generator_for(config.seed, step, "augment"))
             metrics = task.step(batch, step, generator_for(config.seed, step))
-            if not math.isfinite(float(metrics["loss"])):
+            finite = all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm"))
+            skipped = 0 if finite else skipped + 1
+            if skipped > config.most_skipped:
+                name = first_bad_module(task.module, partial(task.step, batch, step, generator_for(config.seed, step)))
                 raise FloatingPointError(
-                    f"the loss is {float(metrics['loss'])} at step {step}; the last checkpoint in {out} is good: "
-                    "resume from it with a lower --lr or --clip"
+                    f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}; the first module with "
+                    f"such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
+                    "that step, or start again with a lower --lr or --clip"
                 )
-            if ema:
+            if ema and finite:
                 ema.update_parameters(task.module)
                 task.averaged(ema, step)
             done = step + 1
             bar.update()
-            if done % config.log_every == 0 or done == config.steps:
+            if done % config.log_every == 0 or done == config.steps or not finite:
                 speed = (done - first) * config.batch_size / (time.perf_counter() - started)
-                log.scalars(done, {**metrics, "lr": lr, "images_per_s": speed}, "train")
+                log.scalars(done, {**metrics, "lr": lr, "images_per_s": speed, "skipped": skipped}, "train")
                 bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+            score, better = None, False
             if done % config.validate_every == 0 or done == config.steps:
                 shown.eval()
                 with torch.no_grad():
-                    log.scalars(done, task.validate(shown), "val")
+                    judged = task.validate(shown)
+                    log.scalars(done, judged, "val")
                     log.pictures(done, task.pictures(shown))
                 task.module.train()
-            if done % config.save_every == 0 or done == config.steps:
-                _save(task, ema, config, out, done)
+                score = task.score(judged) if judged else None
+                better = score is not None and (best is None or score > best)
+                best = score if better else best
+            if done % config.save_every == 0 or done == config.steps or better or asked_to_stop:
+                checkpoints.save(_state(task, ema, config, done), done, score)
+            if asked_to_stop and done < config.steps:
+                log.close()
+                raise SystemExit(
+                    f"stopped by SIGTERM after step {done}, which is saved in {checkpoints.folder}; give the same command "
+                    "again to go on"
+                )
     log.close()
     return shown.eval()
 
 
-def _save(task: Task, ema: AveragedModel | None, config: TrainConfig, out: Path, step: int) -> None:
-    state = {
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM comes. Signals reach the main thread alone; elsewhere nothing is caught."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _state(task: Task, ema: AveragedModel | None, config: TrainConfig, step: int) -> dict[str, Any]:
+    return {
         "step": step,
         "config": config.model_dump(mode="json"),
         "module": task.module.state_dict(),
         "ema": ema.state_dict() if ema else None,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in task.optimizers.items()},
     }
-    with atomic_write(out / "checkpoint.pt") as path:
-        torch.save(state, path)
 
 
-def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, out: Path) -> int:
-    """Load the checkpoint of `out`, if there is one; returns the step to go on with."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
+def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoints: Checkpoints) -> int:
+    """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
+    state = checkpoints.newest()
+    checkpoints.clear(after=state["step"] if state else 0)
+    if state is None:
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # What may change between two starts: how it runs and reports, not what it computes.
-    free = {"workers", "device", "threads", "log_every", "validate_every", "save_every"}
+    free = {"workers", "device", "threads", "log_every", "validate_every", "save_every", "keep", "most_skipped"}
     now = config.model_dump(mode="json")
     changed = {k: (state["config"].get(k), now[k]) for k in now if k not in free and state["config"].get(k) != now[k]}
     if changed:
         raise ValueError(
-            f"{out} holds a run with other settings: "
+            f"{checkpoints.folder.parent} holds a run with other settings: "
             + ", ".join(f"{k} was {old}, now {new}" for k, (old, new) in changed.items())
             + "; use the same settings to go on with it, or another --out"
         )

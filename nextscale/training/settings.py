@@ -38,6 +38,12 @@ class TrainConfig(Settings):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     validate_every: int = Field(500, ge=1, description="steps between validations, with pictures")
     save_every: int = Field(250, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best by validation")
+    most_skipped: int = Field(
+        20,
+        ge=0,
+        description="steps in a row whose loss or gradient is not finite, and which change nothing; then the run stops",
+    )
 
 
 class TokenizerLoss(Settings):

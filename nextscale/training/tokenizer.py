@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -77,7 +77,6 @@ class TokenizerTask:
         if quantize:
             keep = self.kept_scales(len(f), generator).to(f.device)
             lesson = pyramid.learn(f, self.schedule, keep, beta=self.loss.beta, entropy=self.loss.entropy)
-            metrics |= self.count(lesson.tokens)
             f_hat, codebook_loss = lesson.f_hat, lesson.loss
         else:
             f_hat, codebook_loss = f, f.new_zeros(())
@@ -98,8 +97,11 @@ class TokenizerTask:
             total = total + adversarial * self.fool(recon, total, metrics)
         total = total + self.loss.codebook * codebook_loss
         metrics["loss"] = total.detach()
-        metrics["grad_norm"] = descend(self.tokenizer, self.optimizers["tokenizer"], total, self.config.clip)
+        metrics["grad_norm"] = norm = descend(self.tokenizer, self.optimizers["tokenizer"], total, self.config.clip)
+        if not norm.isfinite():  # the step changes nothing
+            return metrics
         if quantize:  # after backward, which still needs the old ones
+            metrics |= self.count(lesson.tokens)
             self.follow(lesson.rests)
         if adversarial > 0:
             metrics["discriminator"] = self.judge(images, recon.detach())
@@ -254,6 +256,11 @@ class TokenizerTask:
         if self.val is None:
             return {}
         return evaluate_tokenizer(module["tokenizer"], self.val, self.schedule, self.config.device).metrics()
+
+    @staticmethod
+    def score(metrics: Mapping[str, float]) -> float:
+        """PSNR of whole reconstructions."""
+        return metrics["psnr"]
 
     def pictures(self, module: Any) -> dict[str, Tensor]:
         if self.val is None:

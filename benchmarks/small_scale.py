@@ -1,0 +1,187 @@
+"""The small-scale checks of recipes on trained systems: what each method claims, on OpenMoji at 64 px. Prints JSON lines.
+
+python benchmarks/small_scale.py infinity runs/text/system --without runs/text-without/system
+python benchmarks/small_scale.py flexvar runs/flexvar/system --out out/flexvar
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import nextscale as ns
+from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
+from nextscale.evaluation.likelihood import (
+    condition_gain,
+    evaluate_likelihood,
+    frequency_accuracy,
+    frequency_cross_entropy,
+)
+from nextscale.evaluation.neighbours import base_groups
+from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
+from nextscale.schedule import Schedule
+from nextscale.training.encoded import encode_images
+
+Folder = Annotated[str, tyro.conf.Positional]
+
+
+@torch.no_grad()
+def infinity(system: Folder = "emoji-64-text", without: str = "", flips: float = 0.2, scale: int = 2) -> None:
+    """Bits, likelihood, captions, and what self-correction is worth.
+
+    Args:
+        system: trained with self-correction
+        without: the same tokenizer and training, strength 0: what self-correction is compared with
+        flips: share of bits flipped
+        scale: where they are flipped
+    """
+    loaded = ns.load(system)
+    data = ns.openmoji(loaded.image_size[0])
+    schedule, pyramid = loaded.schedule, loaded.tokenizer.pyramid
+    held_out, known = encode_images(loaded, data.val), encode_images(loaded, data.train)
+    features = encode_images(loaded, data.val, kind="features").content
+
+    encoded = pyramid.encode(features, schedule)
+    again = loaded.tokenizer.f_hat(encoded.tokens, schedule)
+    counts = torch.cat(code_counts(schedule.split(held_out.content), 2))  # [K * d, 2]
+    share = counts[:, 1] / counts.sum(dim=1)
+    report(
+        "infinity, bits",
+        psnr=evaluate_tokenizer(loaded.tokenizer, data.val, schedule).psnr,
+        round_trip=float((again - encoded.f_hats[-1]).abs().max()),
+        share_of_bits_between_0_2_and_0_8=float(((share > 0.2) & (share < 0.8)).float().mean()),
+    )
+
+    captions = held_out.values(held_out.labels[:, 0])
+    found = evaluate_likelihood(loaded, held_out.content, captions)
+    lengths = torch.tensor(schedule.lengths, dtype=torch.double)
+    weights = lengths / lengths.sum()
+    table = frequency_cross_entropy(known.content, held_out.content, 2, schedule)
+    frequent = frequency_accuracy(known.content, held_out.content, 2, schedule)
+    report(
+        "infinity, likelihood a bit",
+        cross_entropy=found.cross_entropy,
+        marginal=table,
+        below_marginal=1 - found.mean / float(torch.tensor(table, dtype=torch.double) @ weights),
+        accuracy=found.accuracy,
+        marginal_accuracy=frequent,
+    )
+    gain = condition_gain(loaded, held_out.content, captions, base_groups(data.val)[0])
+    report(
+        "infinity, caption against another's",
+        gain=gain.mean,
+        standard_error=gain.standard_error,
+        standard_errors=gain.mean / gain.standard_error,
+        bases=gain.groups,
+        scales=gain.scales,
+    )
+    if without:
+        losses = {
+            name: corrected(ns.load(folder), features, captions, flips, scale)
+            for name, folder in (("with", system), ("without", without))
+        }
+        report("infinity, self-correction", flips=flips, scale=scale, **losses)
+
+
+def corrected(system: ns.System, features: Tensor, captions: Any, flips: float, scale: int) -> dict[str, Any]:
+    """Loss a bit at the scales after `scale`, where a share of bits was flipped and targets are what is left to do; and
+    without any flips."""
+    schedule, pyramid, model = system.schedule, system.tokenizer.pyramid, system.need_model()
+    losses = {}
+    for name, share in (("clean", 0.0), ("flipped", flips)):
+        generator, sums = torch.Generator().manual_seed(0), []
+        for first in range(0, len(features), 64):
+            rows = slice(first, first + 64)
+            content = features[rows]
+
+            def corrupt(tokens: Tensor, k: int, share: float = share, generator: Any = generator) -> Tensor:
+                return tokens ^ (torch.rand(tokens.shape, generator=generator) < share) if k == scale else tokens
+
+            encoded = pyramid.encode(content, schedule, corrupt)
+            inputs, targets = torch.cat(encoded.inputs, dim=1), torch.cat(encoded.tokens, dim=1)
+            h = model.hidden(inputs, model.prepare(system.condition(captions[rows])), schedule.span())
+            sums.append(model.head.loss(h, targets)[:, schedule.ends[scale] :].mean(dim=1))
+        losses[name] = float(torch.cat(sums).mean())
+    return losses
+
+
+@torch.no_grad()
+def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexvar"), images: int = 256) -> None:
+    """Maps of every size, numbers of steps, other sizes.
+
+    Args:
+        system: a trained FlexVAR system
+        out: folder for pictures
+        images: samples for each list of sizes
+    """
+    loaded = ns.load(system)
+    size = loaded.image_size[0]
+    data = ns.openmoji(size)
+    found = evaluate_tokenizer(loaded.tokenizer, data.val, loaded.schedule)
+    val = data.val.images.float() / 127.5 - 1
+    report(
+        "flexvar, maps",
+        sizes=str(loaded.schedule),
+        psnr=found.psnr,
+        box=[float(ns.psnr(boxed(val, side), val).mean()) for side in loaded.schedule.sizes],
+    )
+    lists = {
+        "6 steps, its own": loaded.schedule,
+        "4 steps": Schedule.squares(1, 3, 5, 8),
+        "5 steps": Schedule.squares(1, 2, 4, 6, 8),
+        "8 steps": Schedule.squares(1, 2, 3, 4, 5, 6, 7, 8),
+    }
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([label for label, _ in data.train.labels])
+    labels = labels[torch.randint(len(labels), (images,), generator=generator)].tolist()
+    features, known = {}, lite0_features(data.train.images)
+    for name, schedule in lists.items():
+        drawn = torch.cat(
+            [ns.sample(loaded, labels[i : i + 64], seed=i, schedule=schedule) for i in range(0, images, 64)]
+        )
+        features[name] = lite0_features(drawn)
+        report(
+            f"flexvar, {name}",
+            sizes=str(schedule),
+            kid_lite0=kernel_distance(features[name], known),
+            fd_lite0=frechet_distance(features[name], known),
+        )
+    shown = list(range(10)) * 2
+    wider = {
+        "96": Schedule.squares(1, 2, 3, 4, 6, 8, 12),
+        "64x96": Schedule(((1, 1), (2, 3), (3, 4), (4, 6), (6, 9), (8, 12))),
+    }
+    for name, schedule in (*lists.items(), *wider.items()):
+        pictures = ns.sample(loaded, shown, seed=0, schedule=schedule)
+        title = f"FlexVAR, sizes {schedule}"
+        ns.save_images(pictures, out / f"{name.split(',')[0].replace(' ', '-')}.png", columns=10, title=title)
+
+
+def boxed(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images averaged down to a size and enlarged again."""
+    small = F.interpolate(images, size=size, mode="area")
+    return F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(-1, 1)
+
+
+def report(name: str, **values: Any) -> None:
+    """One JSON line."""
+    print(json.dumps({"measure": name, **rounded(values)}), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to four digits, in lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"infinity": infinity, "flexvar": flexvar})
