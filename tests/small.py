@@ -1,7 +1,10 @@
 """The system that most tests build: the recipe's tiny one at half the size, 32x32 pixels, and with few classes."""
 
+import torch
+
 from nextscale.recipes.generators import var
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
+from nextscale.training.draws import Draws, Part
 
 AUTOENCODER = AutoencoderSettings(width=16, multipliers=(1, 1), patch=4, blocks=1, groups=8)
 
@@ -9,3 +12,9 @@ AUTOENCODER = AutoencoderSettings(width=16, multipliers=(1, 1), patch=4, blocks=
 def small(**changes: object) -> var.Config:
     """Like `var.tiny`."""
     return var.tiny(**{"autoencoder": AUTOENCODER, "num_classes": 5} | changes)
+
+
+def parts(batch, seed=0):
+    """A whole batch as the one part that a process alone gets, for `task.step`."""
+    first = next(iter(batch.values()))
+    return [Part(batch, Draws(torch.Generator().manual_seed(seed), len(first)))]

@@ -367,7 +367,9 @@ def batch(drawings):
 
 def run(images, settings, seed=0, size=16, mirror_ok=None):
     allowed = torch.ones(len(images), dtype=torch.bool) if mirror_ok is None else mirror_ok
-    return augment(images, size, allowed, torch.Generator().manual_seed(seed), settings)
+    return augment(
+        images, size, allowed, torch.rand(len(images), 6, generator=torch.Generator().manual_seed(seed)), settings
+    )
 
 
 def test_zero_strengths_are_the_area_average(batch):

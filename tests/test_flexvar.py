@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small import parts
 
 import nextscale as ns
 from nextscale.keymap import model_key
 from nextscale.recipes.generators import flexvar
 from nextscale.sampling import pick as picking
 from nextscale.schedule import Schedule
+from nextscale.training.draws import Draws
 from nextscale.training.encoded import EncodedImages
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.settings import GeneratorLoss, TrainConfig
@@ -227,7 +229,7 @@ def test_objective_draws_from_the_generator_that_it_is_given():
     pyramid, sampler = system("A").tokenizer.pyramid, flexvar.RandomSchedules()
 
     def batch(seed: int):
-        return sampler.batch(pyramid, features(), Schedule.squares(1), torch.Generator().manual_seed(seed))
+        return sampler.batch(pyramid, features(), Schedule.squares(1), Draws(torch.Generator().manual_seed(seed), 2))
 
     assert len({batch(seed).schedule for seed in range(5)}) == 5
     one, again = batch(7), batch(7)
@@ -236,7 +238,7 @@ def test_objective_draws_from_the_generator_that_it_is_given():
     assert torch.equal(one.targets, torch.cat(encoded.tokens, 1)) and one.weights is None
     assert one.inputs is not None and torch.equal(one.inputs, torch.cat(encoded.inputs, 1))
     single = flexvar.RandomSchedules(whole=(3,), whole_share=1)
-    assert single.batch(pyramid, features(), Schedule.squares(1), torch.Generator()).inputs is None
+    assert single.batch(pyramid, features(), Schedule.squares(1), Draws(torch.Generator(), 2)).inputs is None
 
 
 # ---- positions --------------------------------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ def test_training_step(which, smoothing, monkeypatch):
     loss = GeneratorLoss(drop_condition=0, label_smoothing=smoothing)
     task = GeneratorTask(s, TrainConfig(ema=0), loss, data, None)
     task.module.train()
-    metrics = task.step(data.collate([data[0], data[1]]), 0, torch.Generator())
+    metrics = task.step(parts(data.collate([data[0], data[1]])), 0)
     if smoothing:
         torch.testing.assert_close(float(metrics["loss"]), expected["train"]["loss_label_smooth_0.1"], **LOSS)
         return

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small import parts
 from test_golden import by_scale, numbers, part, quantizer, system, tensors
 
 from nextscale.keymap import model_key, tokenizer_key
 from nextscale.recipes.generators import var
+from nextscale.training.draws import Draws
 from nextscale.training.encoded import EncodedImages
 from nextscale.training.generator import NO_DECAY, GeneratorTask, stage
 from nextscale.training.loop import decay_groups, set_rates
@@ -75,7 +77,7 @@ def test_three_optimizer_steps(which, smooth):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-            metrics = task.step(batch, step, torch.Generator())
+            metrics = task.step(parts(batch), step)
         torch.testing.assert_close(float(metrics["loss"]), expected["loss"], **LOSS)
         torch.testing.assert_close(float(metrics["grad_norm"]), expected["total_grad_norm_before_clip"], **NORMS)
         got = official_norms(task.module, gradients.values())
@@ -115,7 +117,7 @@ def test_accumulated_micro_batches_equal_the_batch():
     golden = numbers("train_step")["A_accumulate_2"]["steps"][0]
     task, batch = task_of("A")
     set_rates(task.optimizers, task.config, 0)
-    metrics = task.step(batch, 0, torch.Generator())
+    metrics = task.step(parts(batch), 0)
     torch.testing.assert_close(float(metrics["grad_norm"]), golden["total_grad_norm_before_clip"], **NORMS)
     assert sum(golden["loss"]) / 2 == pytest.approx(float(metrics["loss"]), rel=1e-5)
 
@@ -132,7 +134,7 @@ def test_progressive_stages():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nextscale.training.generator.stage", lambda *_, s=newest, w=weight: (s, w))
             patch.setattr(task.optimizers["model"], "step", lambda: None)
-            losses.append(float(task.step(batch, step, torch.Generator())["loss"]))
+            losses.append(float(task.step(parts(batch), step)["loss"]))
     torch.testing.assert_close(losses, golden["losses"], rtol=1e-5, atol=1e-5)
 
 
@@ -226,7 +228,7 @@ def test_tokenizer_loss_and_gradient_norms():
     loss = TokenizerLoss(l1=0, drop_scales=0, quantize_start=0, init_codes=False, restart_every=0)
     task = TokenizerTask(s.tokenizer, s.schedule, TrainConfig(), loss, None, lambda: io["image"])
     f = s.tokenizer.features(io["image"])
-    keep = task.kept_scales(len(f), torch.Generator())
+    keep, _ = task.kept_scales(Draws(torch.Generator(), len(f)))
     assert keep.all()
     _, _, f_hat, vq = s.tokenizer.pyramid.learn(f, s.schedule, keep)
     torch.testing.assert_close(vq.detach(), io["vae_train.vq_loss"].squeeze(), rtol=1e-5, atol=0)

@@ -27,6 +27,7 @@ from nextscale.schedule import Schedule
 from nextscale.system import teacher_logits
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.training.draws import Draws
 from nextscale.training.objective import Batch
 
 GOLDEN = Path(__file__).parent / "data" / "infinity"
@@ -263,7 +264,7 @@ def test_flips_are_drawn_from_the_generator_alone():
     f = torch.randn(8, 16, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def batch(objective: SelfCorrection, seed: int) -> Batch:
-        return objective.batch(pyramid, f, scales, torch.Generator().manual_seed(seed))
+        return objective.batch(pyramid, f, scales, Draws(torch.Generator().manual_seed(seed), len(f)))
 
     state = torch.random.get_rng_state()
     first, again, other = batch(SelfCorrection(), 1), batch(SelfCorrection(), 1), batch(SelfCorrection(), 2)
@@ -277,11 +278,11 @@ def test_flips_are_drawn_from_the_generator_alone():
     shares = [
         float(flip.float().mean())
         for seed in range(40)
-        for flip in SelfCorrection(strength=0.3).draw(8, 16, scales, torch.Generator().manual_seed(seed))[-1:]
+        for flip in SelfCorrection(strength=0.3).draw(16, scales, Draws(torch.Generator().manual_seed(seed), 8))[-1:]
     ]
     percents = [round(100 * share) for share in shares]
     assert 0 <= min(percents) < 5 and 25 < max(percents) <= 31  # one share for the batch, from 0 to 30 %
-    few = SelfCorrection(scales=2).draw(8, 16, scales, torch.Generator())
+    few = SelfCorrection(scales=2).draw(16, scales, Draws(torch.Generator(), 8))
     assert [flip.shape for flip in few] == [(8, 1, 16), (8, 4, 16)]
 
 

@@ -13,9 +13,10 @@ import nextscale as ns
 from nextscale.recipes.generators import var
 from nextscale.training import loop
 from nextscale.training.checkpoints import Checkpoints
+from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
 from nextscale.training.generator import GeneratorTask
-from nextscale.training.loop import Order, average, decay_groups, generator_for
+from nextscale.training.loop import Order, average, decay_groups
 from nextscale.training.rates import learning_rate
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.tokenizer import TokenizerTask
@@ -126,7 +127,7 @@ def test_scale_dropout_by_prefix_and_one_by_one():
     for drop in ("prefix", "independent"):
         loss = TokenizerLoss(drop=drop, drop_scales=0.5, drop_from=2)
         task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
-        keep = task.kept_scales(4000, generator_for(0, 0))
+        keep = task.kept_scales(Draws(generator_for(0, 0), 4000))[0]
         assert keep[:, :2].all()
         share = keep.float().mean(dim=0).tolist()
         # prefix: n is 2, 3 or 4 alike; independent: even odds, and the last stays
@@ -290,14 +291,14 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     """One bad step of twelve: it is counted and skipped, and the rest of the run is as good as ever."""
     real = GeneratorTask.step
 
-    def step(task, batch, number, generator):
+    def step(task, parts, number):
         if number != 5:
-            return real(task, batch, number, generator)
+            return real(task, parts, number)
         before = weights(task.module)
         loss_of = task.module.head.loss
         with monkeypatch.context() as patch:
             patch.setattr(task.module.head, "loss", lambda *a, **k: loss_of(*a, **k) * float("inf"))
-            found = real(task, batch, number, generator)
+            found = real(task, parts, number)
         assert torch.equal(weights(task.module), before)
         return found
 
@@ -356,12 +357,12 @@ def test_scale_dropout_keeps_prefixes():
     loss = TokenizerLoss(drop_scales=1.0, drop_from=2)
     system = tiny()
     task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
-    keep = task.kept_scales(500, generator_for(0, 0))
+    keep = task.kept_scales(Draws(generator_for(0, 0), 500))[0]
     counts = keep.sum(dim=1)
     assert set(counts.tolist()) == {2, 3, 4}
     assert torch.equal(keep, torch.arange(4) < counts[:, None])
     none = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(drop_scales=0.0), None, first_images)
-    assert none.kept_scales(50, generator_for(0, 0)).all()
+    assert none.kept_scales(Draws(generator_for(0, 0), 50))[0].all()
 
 
 def test_codes_start_from_data_and_dead_ones_come_back():

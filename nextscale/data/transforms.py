@@ -1,4 +1,4 @@
-"""Augmentation of a batch of drawings on white; every random number comes from the generator that is passed in."""
+"""Augmentation of a batch of drawings on white; every random number is passed in."""
 
 import math
 
@@ -24,19 +24,19 @@ class AugmentSettings(Settings):
     hue_probability: float = Field(0.5, ge=0, le=1, description="share of the images whose hue is turned")
 
 
-def augment(
-    images: Tensor, size: Size, mirror_ok: Tensor, generator: torch.Generator, settings: AugmentSettings
-) -> Tensor:
+# Numbers that each image needs, whatever the settings, so that one strength does not change the draws of another.
+NUMBERS = 6
+
+
+def augment(images: Tensor, size: Size, mirror_ok: Tensor, numbers: Tensor, settings: AugmentSettings) -> Tensor:
     """Mirror, scale, shift and recolour each image on its own, then average down to `size`.
 
     `images`: float [B, 3, H, W] in [-1, 1] on white, H and W the same whole multiple of `size`: pictures at twice the
-    size keep their edges crisp. `mirror_ok`: bool [B]. Returns [B, 3, h, w]. All strengths zero: the average alone.
+    size keep their edges crisp. `mirror_ok`: bool [B]. `numbers`: uniform in [0, 1), [B, NUMBERS]. Returns
+    [B, 3, h, w]. All strengths zero: the average alone.
     """
     factor = _check(images, size, mirror_ok)
-    batch = len(images)
-    # As many numbers whatever the settings, so that one strength does not change the draws of another.
-    draws = torch.rand(batch, 6, generator=generator, device=generator.device).to(images.device)
-    flip, zoom, *shift, turned, turn = draws.unbind(1)  # [B] each
+    flip, zoom, *shift, turned, turn = numbers.to(images.device).unbind(1)  # [B] each
 
     mirrored = (flip < settings.mirror) & mirror_ok.to(images.device)
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)

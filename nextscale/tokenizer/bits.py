@@ -71,13 +71,21 @@ class BitPyramid(nn.Module):
         return encoded
 
     def learn(
-        self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.001
+        self,
+        f: Tensor,
+        schedule: Schedule,
+        keep: Tensor,
+        *,
+        beta: float = 0.25,
+        entropy: float = 0.001,
+        counts: Tensor | None = None,
     ) -> Lesson:
         """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from sum and residual.
 
         The loss pulls residuals of unit length to their bits, `beta` times, and `entropy` times wants every bit sure of its
         value and both values used alike. Unlike VAR's, the residual is not detached. All as in BitVAE, which trained
-        Infinity's tokenizers; its loss counts four times, 0.1 / 100 is `entropy`.
+        Infinity's tokenizers; its loss counts four times, 0.1 / 100 is `entropy`. How alike is judged on the images at hand,
+        be they a part of a batch; `counts` is not needed.
         """
         self._check(f, schedule)
         residual, f_hat, loss, tokens, rests = f, self.start(len(f), schedule), f.new_zeros(()), [], []

@@ -121,18 +121,29 @@ class ResidualPyramid(nn.Module):
                     encoded.inputs.append(self.next_input(f_hat, k + 1, schedule))
         return encoded
 
-    def learn(self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+    def learn(
+        self,
+        f: Tensor,
+        schedule: Schedule,
+        keep: Tensor,
+        *,
+        beta: float = 0.25,
+        entropy: float = 0.0,
+        counts: Tensor | None = None,
+    ) -> Lesson:
         """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from the sum.
 
         The loss is VAR's, on the running sum at every scale: codes follow features and, `beta` times, features follow
         codes; images that drop scale k are left out of its term. The gradient goes straight through the whole sum.
+        `counts` [K]: where `f` is a part of a batch, how many images of the whole keep each scale, times the part's share.
         """
         if entropy:
             raise ValueError("this pyramid has no entropy term; use entropy=0")
         keep = keep.to(f)
+        counts = keep.sum(dim=0) if counts is None else counts
         loss, tokens, rests, f_hat = f.new_zeros(()), [], [], f
         for k, (token_map, f_hat, small) in enumerate(self.walk(f, schedule, keep=keep)):
-            weight = keep[:, k] / keep[:, k].sum().clamp(min=1)
+            weight = keep[:, k] / counts[k].clamp(min=1e-6)  # of a scale that none keeps: 0
             commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weight).sum()
             follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
             loss = loss + beta * commit + follow

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from nextscale.data.transforms import AugmentSettings, augment
+from nextscale.data.transforms import NUMBERS, AugmentSettings, augment
 from nextscale.files import atomic_write
 from nextscale.system import System
-from nextscale.training.loop import collate, generator_for
+from nextscale.training.draws import generator_for
+from nextscale.training.loop import collate
 
 
 class EncodedImages(Dataset[dict[str, Any]]):
@@ -96,7 +97,8 @@ def encode_images(
             for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
                 images = batch["image"]
                 if augmentation is not None:
-                    images = augment(images, size, batch["mirror_ok"], generator, augmentation)
+                    numbers = torch.rand(len(images), NUMBERS, generator=generator)
+                    images = augment(images, size, batch["mirror_ok"], numbers, augmentation)
                 with torch.inference_mode():
                     parts.append(_encoded(system, images.to(system.device), kind))
                 values += [_several(item) for item in batch.get(field + "s", batch[field])]

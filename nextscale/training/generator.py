@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,12 @@ from torch.optim.swa_utils import AveragedModel
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.sampling.loop import sample
 from nextscale.system import System
+from nextscale.training.draws import Draws, Part
 from nextscale.training.encoded import EncodedImages
 from nextscale.training.loop import adamw, autocast, descend
 from nextscale.training.objective import drop_condition
 from nextscale.training.settings import GeneratorLoss, TrainConfig
+from nextscale.training.team import Team
 
 # As in the reference: tables and scales are added or multiplied, so decay would only pull them to zero.
 NO_DECAY = ("positions", "offset", "log_scale")
@@ -51,45 +52,48 @@ class GeneratorTask:
         data: EncodedImages,
         val: EncodedImages | None,
         pictures: int = 48,
+        team: Team = Team(),
     ) -> None:
         self.system = system.to(config.device)
         self.module = system.need_model()
         self.config, self.loss, self.data, self.val, self.count = config, loss, data, val, pictures
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
+        self.forward = team.wrap(self.module, self.losses)
+        self.team = team
 
-    def step(self, batch: dict[str, Any], step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        system, model = self.system, self.module
-        content = batch["content"].to(self.config.device)
+    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+        return descend(self.module, self.optimizers["model"], self.forward, parts, step, self.config.clip, self.team)
+
+    def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a part of a batch, and what to log."""
+        system, model, draws = self.system, self.module, part.draws
+        content = part.batch["content"].to(self.config.device)
         schedule, inputs, targets, weights = system.objective.batch(
-            system.tokenizer.pyramid, content, system.schedule, generator
+            system.tokenizer.pyramid, content, system.schedule, draws
         )
         newest, weight = stage(self.loss, self.config, len(schedule), step)
         span = schedule.span(0, newest + 1)  # all scales but in progressive stages
         targets = targets[:, : span.end]
         inputs = None if inputs is None or not newest else inputs[:, : span.end - span.lengths[0]]
-        labels = self.data.values(self.pick_labels(batch["labels"], generator))
+        labels = self.data.values(self.pick_labels(part.batch["labels"], draws))
         with autocast(self.config):
             condition = system.condition(labels)
-            condition = drop_condition(
-                condition, model.conditioner.null(condition), self.loss.drop_condition, generator
-            )
+            condition = drop_condition(condition, model.conditioner.null(condition), self.loss.drop_condition, draws)
             h = model.hidden(inputs, model.prepare(condition), span)
             losses = model.head.loss(h, targets, label_smoothing=self.loss.label_smoothing)  # [B, l]
-        parts = losses.split(span.lengths, dim=1)
-        per_scale = {f"loss/{k}": part.detach().mean() for k, part in enumerate(parts)}
+        pieces = losses.split(span.lengths, dim=1)
+        per_scale: dict[str, Tensor | float] = {f"loss/{k}": piece.detach().mean() for k, piece in enumerate(pieces)}
         if weights is not None:
-            parts = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
+            pieces = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
         # A token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
         warm = [1.0] * newest + [weight]
-        loss = torch.stack([part.sum(dim=1) * w for part, w in zip(parts, warm, strict=True)]).sum(0).mean()
+        loss = torch.stack([piece.sum(dim=1) * w for piece, w in zip(pieces, warm, strict=True)]).sum(0).mean()
         loss = loss / schedule.length
-        norm = descend(model, self.optimizers["model"], loss, self.config.clip)
-        return {"loss": loss.detach(), "grad_norm": norm, **per_scale}
+        return loss, {"loss": loss.detach(), **per_scale}
 
-    def pick_labels(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def pick_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         """One of the labels that fit each image: [B, n] -> [B]."""
-        choice = torch.randint(labels.shape[1], (len(labels), 1), generator=generator)
-        return labels.gather(1, choice).squeeze(1)
+        return labels.gather(1, draws.randint(0, labels.shape[1], 1)).squeeze(1)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         if self.val is None:

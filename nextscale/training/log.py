@@ -18,12 +18,14 @@ from nextscale.files import atomic_write
 class RunLog:
     """Writes the metrics and pictures of one run into its folder."""
 
-    def __init__(self, out: Path, steps: int, description: str, first: int = 0) -> None:
+    def __init__(self, out: Path, steps: int, description: str, first: int = 0, silent: bool = False) -> None:
+        self.steps, self.first, self.description, self.silent = steps, first, description, silent
+        if silent:  # of several processes one writes
+            return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
 
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.steps, self.description = out, steps, description
-        self.first = first
+        self.out = out
         path = out / "metrics.jsonl"
         if path.exists():  # what a stopped run logged after its last checkpoint will be logged again
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first]
@@ -34,10 +36,19 @@ class RunLog:
 
     def progress(self) -> Any:
         """The bar; it begins at the step that the run goes on with."""
-        return tqdm(total=self.steps, initial=self.first, desc=self.description, unit="step", dynamic_ncols=True)
+        return tqdm(
+            total=self.steps,
+            initial=self.first,
+            desc=self.description,
+            unit="step",
+            dynamic_ncols=True,
+            disable=self.silent,
+        )
 
     def scalars(self, step: int, metrics: Mapping[str, Tensor | float], split: str) -> None:
         """One line of metrics.jsonl, the same values to TensorBoard; names are `split/metric`."""
+        if self.silent:
+            return
         values = {f"{split}/{name}": float(value) for name, value in metrics.items()}
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
         self._lines.flush()
@@ -51,6 +62,8 @@ class RunLog:
             self._board.add_images(name, to_uint8(images), step)
 
     def close(self) -> None:
+        if self.silent:
+            return
         self._lines.close()
         self._board.close()
 

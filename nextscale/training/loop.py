@@ -23,9 +23,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from nextscale.training.checkpoints import Checkpoints
+from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.log import RunLog
 from nextscale.training.rates import learning_rate, weight_decay
 from nextscale.training.settings import TrainConfig
+from nextscale.training.team import Team
 
 
 class Task(Protocol):
@@ -37,8 +39,8 @@ class Task(Protocol):
     @property
     def optimizers(self) -> Mapping[str, Optimizer]: ...
 
-    def step(self, batch: dict[str, Any], step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        """One optimizer step; returns metrics."""
+    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+        """One optimizer step on this process's parts of a batch; returns metrics, `loss` and `grad_norm` among them."""
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Metrics of `module` (the averaged weights) on the validation split."""
@@ -54,11 +56,14 @@ class Task(Protocol):
 
 
 class Order:
-    """Batches of indices: a new permutation each epoch, from the seed and the epoch; starts at any step."""
+    """Batches of indices: a new permutation each epoch, from the seed and the epoch; starts at any step. Of each batch
+    it yields the places `rows`."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, first_step: int, steps: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, first_step: int, steps: int, rows: slice = slice(None)
+    ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first_step, self.steps = first_step, steps
+        self.first_step, self.steps, self.rows = first_step, steps, rows
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -67,18 +72,12 @@ class Order:
         epoch, permutation = -1, torch.empty(0)
         for step in range(self.first_step, self.steps):
             batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]:
                 if position // self.length != epoch:
                     epoch = position // self.length
                     permutation = torch.randperm(self.length, generator=generator_for(self.seed, epoch, "order"))
                 batch.append(int(permutation[position % self.length]))
             yield batch
-
-
-def generator_for(seed: int, step: int, use: str = "step") -> torch.Generator:
-    """The generator of one step (or epoch) and one use, on the CPU."""
-    salt = {"step": 0, "order": 1, "validation": 2, "init": 3, "augment": 4}[use]
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 8 + salt)
 
 
 def decay_groups(module: nn.Module, rate: float, keep: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -121,14 +120,32 @@ def autocast(config: TrainConfig) -> torch.autocast:
     return torch.autocast(torch.device(config.device).type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def descend(module: nn.Module, optimizer: Optimizer, loss: Tensor, clip: float) -> Tensor:
-    """One optimizer step on a loss; returns the gradient norm before clipping. If that is not finite, nothing changes."""
+def descend(
+    module: nn.Module,
+    optimizer: Optimizer,
+    forward: nn.Module,
+    parts: Sequence[Any],
+    step: int,
+    clip: float,
+    team: Team,
+) -> dict[str, Tensor | float]:
+    """One optimizer step on the mean loss of all parts of a batch, this process's and the others'.
+
+    `forward(part, step)`, made by `team.wrap`, returns a loss and metrics. Returns the mean metrics of this process's
+    parts and `grad_norm`, the norm before clipping. If that is not finite, nothing changes.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    found = []
+    for i, part in enumerate(parts):
+        with team.averaging(forward, now=i + 1 == len(parts)):
+            loss, metrics = forward(part, step)
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+        found.append(metrics)
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
     if norm.isfinite():
         optimizer.step()
-    return norm
+    means = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]} if found[1:] else found[0]
+    return {**means, "grad_norm": norm}
 
 
 def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
@@ -178,37 +195,58 @@ def fit(
     config: TrainConfig,
     out: Path,
     description: str,
-    transform: Callable[[dict[str, Any], torch.Generator], dict[str, Any]] | None = None,
+    transform: Callable[[dict[str, Any], Draws], dict[str, Any]] | None = None,
+    team: Team = Team(),
 ) -> nn.Module:
     """Run (or go on with) a training in the folder `out`; returns the averaged module.
 
-    `transform(batch, generator)` augments a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
+    `transform(batch, draws)` augments a part of a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
     `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
     """
+    pieces = team.pieces(config.batch_size, config.accumulate)
     ema = average(task.module, config.ema)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
-    first = _resume(task, ema, config, checkpoints)
-    log = RunLog(out, config.steps, description, first)
+    first = _resume(task, ema, config, checkpoints, team)
+    log = RunLog(out, config.steps, description, first, silent=not team.leads)
     loader = DataLoader(
         data,
-        batch_sampler=Order(len(data), config.batch_size, config.seed, first, config.steps),  # type: ignore[arg-type]
+        batch_sampler=Order(  # type: ignore[arg-type]
+            len(data),  # type: ignore[arg-type]
+            config.batch_size,
+            config.seed,
+            first,
+            config.steps,
+            slice(pieces[0].start, pieces[-1].stop),
+        ),
         num_workers=config.workers,
         collate_fn=getattr(data, "collate", collate),
     )
+
+    def parts_of(batch: dict[str, Any], step: int) -> list[Part]:
+        """The pieces of this process's share, augmented, with the random numbers of their images."""
+        parts = []
+        for piece in pieces:
+            own = slice(piece.start - pieces[0].start, piece.stop - pieces[0].start)
+            some = {name: values[own] for name, values in batch.items()}
+            if transform is not None:
+                augmenting = generator_for(config.seed, step, "augment")
+                some = transform(some, Draws(augmenting, config.batch_size, piece))
+            parts.append(Part(some, Draws(generator_for(config.seed, step), config.batch_size, piece)))
+        return parts
+
     shown = ema.module if ema else task.module
     best, skipped = checkpoints.best_score(), 0
     with torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
         started = time.perf_counter()
         for step, batch in enumerate(loader, start=first):
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout draws from torch's own generator
+            # dropout draws from torch's own generator
+            torch.manual_seed(config.seed * 1_000_003 + step + team.rank * 1_000_000_007)
             lr = set_rates(task.optimizers, config, step)
-            if transform is not None:
-                batch = transform(batch, generator_for(config.seed, step, "augment"))
-            metrics = task.step(batch, step, generator_for(config.seed, step))
-            finite = all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm"))
+            metrics = task.step(parts_of(batch, step), step)
+            finite, stop = _agree(team, metrics, bool(asked_to_stop))
             skipped = 0 if finite else skipped + 1
             if skipped > config.most_skipped:
-                name = first_bad_module(task.module, partial(task.step, batch, step, generator_for(config.seed, step)))
+                name = first_bad_module(task.module, partial(task.step, parts_of(batch, step), step))
                 raise FloatingPointError(
                     f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}; the first module with "
                     f"such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
@@ -221,10 +259,11 @@ def fit(
             bar.update()
             if done % config.log_every == 0 or done == config.steps or not finite:
                 speed = (done - first) * config.batch_size / (time.perf_counter() - started)
+                metrics = team.mean(metrics)
                 log.scalars(done, {**metrics, "lr": lr, "images_per_s": speed, "skipped": skipped}, "train")
                 bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
             score, better = None, False
-            if done % config.validate_every == 0 or done == config.steps:
+            if team.leads and (done % config.validate_every == 0 or done == config.steps):
                 shown.eval()
                 with torch.no_grad():
                     judged = task.validate(shown)
@@ -234,9 +273,9 @@ def fit(
                 score = task.score(judged) if judged else None
                 better = score is not None and (best is None or score > best)
                 best = score if better else best
-            if done % config.save_every == 0 or done == config.steps or better or asked_to_stop:
+            if team.leads and (done % config.save_every == 0 or done == config.steps or better or stop):
                 checkpoints.save(_state(task, ema, config, done), done, score)
-            if asked_to_stop and done < config.steps:
+            if stop and done < config.steps:
                 log.close()
                 raise SystemExit(
                     f"stopped by SIGTERM after step {done}, which is saved in {checkpoints.folder}; give the same command "
@@ -244,6 +283,15 @@ def fit(
                 )
     log.close()
     return shown.eval()
+
+
+def _agree(team: Team, metrics: Mapping[str, Tensor | float], stop: bool) -> tuple[bool, bool]:
+    """Whether loss and gradient were finite on all processes, and whether any was asked to stop: all act alike."""
+    finite = all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm"))
+    if team.size == 1:
+        return finite, stop
+    bad, asked = team.sum_(torch.tensor([float(not finite), float(stop)])).tolist()
+    return not bad, bool(asked)
 
 
 @contextmanager
@@ -270,14 +318,26 @@ def _state(task: Task, ema: AveragedModel | None, config: TrainConfig, step: int
     }
 
 
-def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoints: Checkpoints) -> int:
+def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoints: Checkpoints, team: Team) -> int:
     """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
-    state = checkpoints.newest()
-    checkpoints.clear(after=state["step"] if state else 0)
+    with team.leader_first():
+        state = checkpoints.newest()
+        if team.leads:
+            checkpoints.clear(after=state["step"] if state else 0)
     if state is None:
         return 0
     # What may change between two starts: how it runs and reports, not what it computes.
-    free = {"workers", "device", "threads", "log_every", "validate_every", "save_every", "keep", "most_skipped"}
+    free = {
+        "accumulate",
+        "workers",
+        "device",
+        "threads",
+        "log_every",
+        "validate_every",
+        "save_every",
+        "keep",
+        "most_skipped",
+    }
     now = config.model_dump(mode="json")
     changed = {k: (state["config"].get(k), now[k]) for k in now if k not in free and state["config"].get(k) != now[k]}
     if changed:

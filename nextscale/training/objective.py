@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from nextscale.model.condition import Condition
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.training.draws import Draws
 
 
 class Batch(NamedTuple):
@@ -33,8 +33,9 @@ class Objective(Protocol):
     @property
     def cached(self) -> Literal["tokens", "features"]: ...
 
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, generator: torch.Generator) -> Batch:
-        """Inputs and targets of `content` (what was cached, [B, ...]). The schedule of the batch may be another one."""
+    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
+        """Inputs and targets of `content` (what was cached, [B, ...]), with the images' random numbers. The schedule of the
+        batch may be another one."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,11 @@ class TeacherForcing:
 
     cached: ClassVar[Literal["tokens"]] = "tokens"
 
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, generator: torch.Generator) -> Batch:
+    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
         return Batch(schedule, teacher_inputs(pyramid, schedule.split(content), schedule), content)
 
 
-def drop_condition(condition: Condition, null: Condition, probability: float, generator: torch.Generator) -> Condition:
+def drop_condition(condition: Condition, null: Condition, probability: float, draws: Draws) -> Condition:
     """Replace every part of some images' conditions by its null, for guidance without a classifier."""
-    dropped = torch.rand(len(condition), generator=generator) < probability
-    dropped = dropped.to(condition.vec.device)
+    dropped = (draws.rand() < probability).to(condition.vec.device)
     return condition.mix(null, dict.fromkeys(condition.parts(), dropped))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from nextscale.tokenizer.discriminator import (
     hinge_discriminator_loss,
 )
 from nextscale.tokenizer.perceptual import Perceptual
+from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.loop import adamw, autocast, descend
 from nextscale.training.settings import TokenizerLoss, TrainConfig
+from nextscale.training.team import Team
 
 MIN_STD = 1e-3  # of residuals that the pyramid standardizes: a channel that is always the same must not divide by zero
 
@@ -39,6 +42,7 @@ class TokenizerTask:
         loss: TokenizerLoss,
         val: Dataset | None,
         first_images: Callable[[], Tensor],
+        team: Team = Team(),
     ) -> None:
         self.schedule, self.config, self.loss, self.val = schedule, config, loss, val
         self.first_images = first_images  # many more than a batch: they set the first codes
@@ -60,23 +64,48 @@ class TokenizerTask:
             "tokenizer": adamw(self.tokenizer, config, keep=("codebook",)),
             "discriminator": adamw(self.discriminator, config),
         }
+        self.team = team
+        self.forward = team.wrap(self.tokenizer, self.losses, unused=True)
+        self.judge = team.wrap(self.discriminator, self.verdict)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, batch: dict[str, Any], step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        images = batch["image"].to(self.config.device)
-        begun = step / self.config.steps
+    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+        begun, pyramid = step / self.config.steps, self.tokenizer.pyramid
         quantize = begun >= self.loss.quantize_start
-        pyramid, has_codes = self.tokenizer.pyramid, self.tokenizer.pyramid.codebook is not None
-        if quantize and has_codes and self.loss.init_codes and not self.module.get_buffer("usage").any():
-            self.init_codes(self.first_images().to(self.config.device), generator)
+        if quantize and pyramid.codebook is not None and self.loss.init_codes and not self.usage.any():
+            self.init_codes(self.first_images().to(self.config.device), generator_for(self.config.seed, step))
+        self.lessons: list[Lesson] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # images and what became of them
+        tokenizer, clip = self.optimizers["tokenizer"], self.config.clip
+        metrics = descend(self.tokenizer, tokenizer, self.forward, parts, step, clip, self.team)
+        if not metrics["grad_norm"].isfinite():  # type: ignore[union-attr]  # the step changes nothing
+            return metrics
+        if quantize:  # after backward, which still needs the old ones
+            rests = [torch.cat(of_scale) for of_scale in zip(*(lesson.rests for lesson in self.lessons), strict=True)]
+            tokens = [torch.cat(of_scale) for of_scale in zip(*(lesson.tokens for lesson in self.lessons), strict=True)]
+            metrics |= self.count(tokens)
+            self.follow(rests)
+        if self.adversarial_weight(begun) > 0:
+            optimizer = self.optimizers["discriminator"]
+            found = descend(self.discriminator, optimizer, self.judge, self.pairs, step, clip, self.team)
+            metrics["discriminator"] = found["loss"]
+        if pyramid.codebook is not None and self.due_restart(step, begun, quantize):
+            metrics["restarted"] = self.restart(rests, generator_for(self.config.seed, step, "restart"))
+        return metrics
 
+    def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a part of a batch, and what to log; remembers what the rest of the step needs."""
+        images = part.batch["image"].to(self.config.device)
+        begun = step / self.config.steps
         with autocast(self.config):
             f = self.tokenizer.features(images)
         metrics: dict[str, Tensor | float] = {}
-        if quantize:
-            keep = self.kept_scales(len(f), generator).to(f.device)
-            lesson = pyramid.learn(f, self.schedule, keep, beta=self.loss.beta, entropy=self.loss.entropy)
+        if begun >= self.loss.quantize_start:
+            keep, counts = (x.to(f.device) for x in self.kept_scales(part.draws))
+            terms = {"beta": self.loss.beta, "entropy": self.loss.entropy}
+            lesson = self.tokenizer.pyramid.learn(f, self.schedule, keep, counts=counts, **terms)
+            self.lessons.append(lesson)
             f_hat, codebook_loss = lesson.f_hat, lesson.loss
         else:
             f_hat, codebook_loss = f, f.new_zeros(())
@@ -95,33 +124,29 @@ class TokenizerTask:
         adversarial = self.adversarial_weight(begun)
         if adversarial > 0:
             total = total + adversarial * self.fool(recon, total, metrics)
+            self.pairs.append((images, recon.detach()))
         total = total + self.loss.codebook * codebook_loss
-        metrics["loss"] = total.detach()
-        metrics["grad_norm"] = norm = descend(self.tokenizer, self.optimizers["tokenizer"], total, self.config.clip)
-        if not norm.isfinite():  # the step changes nothing
-            return metrics
-        if quantize:  # after backward, which still needs the old ones
-            metrics |= self.count(lesson.tokens)
-            self.follow(lesson.rests)
-        if adversarial > 0:
-            metrics["discriminator"] = self.judge(images, recon.detach())
-        if has_codes and self.due_restart(step, begun, quantize):
-            metrics["restarted"] = self.restart(lesson.rests, generator)
-        return metrics
+        return total, metrics | {"loss": total.detach()}
 
-    def kept_scales(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Which scales each image keeps while training, bool [B, K]. A share of the images drops some: with `prefix` all
-        after the first n, n uniform; with `independent` each but the last at even odds."""
-        count = len(self.schedule)
+    def kept_scales(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Which scales each image keeps while training, bool [B, K], and how many of the whole batch keep each, times the
+        part's share [K]. A share of the images drops some: with `prefix` all after the first n, n uniform; with
+        `independent` each but the last at even odds."""
+        count, whole = len(self.schedule), Draws(draws.generator, draws.total)
         dropped = torch.arange(count) >= min(self.loss.drop_from, count)
         if self.loss.drop == "prefix":
-            drawn = torch.randint(min(self.loss.drop_from, count), count + 1, (batch,), generator=generator)
-            lost = torch.arange(count) >= drawn[:, None]
+            lost = torch.arange(count) >= whole.randint(min(self.loss.drop_from, count), count + 1, 1)
         else:
-            lost = torch.rand(batch, count, generator=generator) < 0.5
+            lost = whole.rand(count) < 0.5
             lost[:, -1] = False
-        chosen = torch.rand(batch, generator=generator) < self.loss.drop_scales
-        return ~(lost & dropped & chosen[:, None])
+        chosen = whole.rand(1) < self.loss.drop_scales
+        keep = ~(lost & dropped & chosen)
+        return keep[draws.rows or slice(None)], keep.sum(dim=0) * (len(draws) / draws.total)
+
+    @property
+    def usage(self) -> Tensor:
+        """Share of tokens that each code holds at each scale, [K, V]."""
+        return self.module.get_buffer("usage")
 
     # ---- the discriminator ----------------------------------------------------------------------------------------
 
@@ -140,11 +165,10 @@ class TokenizerTask:
         metrics |= {"adversarial": term.detach(), "adaptive_weight": scale}
         return scale * term
 
-    def judge(self, real: Tensor, fake: Tensor) -> Tensor:
-        logits = self.discriminator(torch.cat([real, fake]))
-        loss = hinge_discriminator_loss(*logits.chunk(2))
-        descend(self.discriminator, self.optimizers["discriminator"], loss, self.config.clip)
-        return loss.detach()
+    def verdict(self, pair: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The discriminator's loss on images and what became of them."""
+        loss = hinge_discriminator_loss(*self.discriminator(torch.cat(pair)).chunk(2))
+        return loss, {"loss": loss.detach()}
 
     # ---- codes: start, count, restart -----------------------------------------------------------------------------
 
@@ -192,15 +216,17 @@ class TokenizerTask:
             return
         for mean, std, small in zip(pyramid.mean, pyramid.std, residuals, strict=True):
             rows = small.flatten(0, 1)  # [B * l_k, C]
-            mean.lerp_(rows.mean(dim=0), 0.01)
-            std.lerp_((rows - mean).square().mean(dim=0).sqrt(), 0.01).clamp_(min=MIN_STD)
+            mean.lerp_(self.team.sum_(rows.mean(dim=0)) / self.team.size, 0.01)
+            spread = self.team.sum_((rows - mean).square().mean(dim=0)) / self.team.size
+            std.lerp_(spread.sqrt(), 0.01).clamp_(min=MIN_STD)
 
     @torch.no_grad()
     def count(self, tokens: list[Tensor]) -> dict[str, float]:
         """Update the usage statistics; returns usage and perplexity of every scale (of bits: the mean over them)."""
-        usage = self.module.get_buffer("usage")
+        usage = self.usage
         codes, metrics = self.tokenizer.pyramid.codes, {}
         for k, counts in enumerate(code_counts(tokens, codes)):
+            counts = self.team.sum_(counts.to(usage))
             share = (counts / counts.sum(dim=1, keepdim=True)).flatten().to(usage)
             usage[k].lerp_(share, 0.02) if usage[k].any() else usage[k].copy_(share)
             recent = usage[k].view(-1, codes)
@@ -219,7 +245,7 @@ class TokenizerTask:
 
         `residuals`: [B, l_k, C] of each scale.
         """
-        usage = self.module.get_buffer("usage")
+        usage = self.usage
         codes = self.tokenizer.pyramid.codebook.weight
         weights = torch.tensor(self.schedule.lengths, device=usage.device, dtype=usage.dtype)
         overall = (usage * weights[:, None]).sum(0) / weights.sum()
@@ -239,6 +265,7 @@ class TokenizerTask:
                 moment[dead] = 0
         usage[:, dead] = 0
         usage[k, dead] = 1 / len(codes)  # a grace period before they can count as dead again
+        self.team.share_(codes.data)  # each process has other residuals; the leader's count
         self.restarted = dead
         return float(len(dead))
 

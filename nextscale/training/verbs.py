@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
-from nextscale.data.transforms import AugmentSettings, augment
+from nextscale.data.transforms import NUMBERS, AugmentSettings, augment
 from nextscale.system import System
+from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
 from nextscale.training.generator import GeneratorTask
-from nextscale.training.loop import collate, fit, generator_for
+from nextscale.training.loop import collate, fit
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
+from nextscale.training.team import Team
 from nextscale.training.tokenizer import TokenizerTask
 
 
@@ -41,6 +43,8 @@ def train_tokenizer(
     Returns the system, with the averaged weights.
     """
     _use_threads(config)
+    team = Team.of_environment(config.device)
+    team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
     out = Path(out)
     _check_size(system, data, augmentation)
     transform = _transform(system, augmentation)
@@ -48,12 +52,14 @@ def train_tokenizer(
     def first_images(count: int = 512) -> Tensor:
         chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()  # type: ignore[arg-type]
         batch = collate([data[i] for i in chosen])
-        return (transform(batch, generator_for(config.seed, 0, "init")) if transform else batch)["image"]
+        draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
+        return (transform(batch, draws) if transform else batch)["image"]
 
-    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, val, first_images)
-    module: Any = fit(task, data, config, out, "tokenizer", transform)
+    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, val, first_images, team)
+    module: Any = fit(task, data, config, out, "tokenizer", transform, team)
     system.tokenizer.load_state_dict(module["tokenizer"].state_dict())
-    save(system, out / "system")
+    if team.leads:
+        save(system, out / "system")
     return system.eval()
 
 
@@ -79,30 +85,34 @@ def train_model(
     Returns the system, with the averaged weights.
     """
     _use_threads(config)
+    team = Team.of_environment(config.device)
+    team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
     out = Path(out)
     system.need_model()
     _check_size(system, data, augmentation)
     system.to(config.device)
-    encoded = encode_images(
-        system,
-        data,
-        out / "encoded.safetensors",
-        kind=system.objective.cached,
-        views=views,
-        augmentation=augmentation,
-        seed=config.seed,
-    )
+    with team.leader_first():  # the others read what it encoded
+        encoded = encode_images(
+            system,
+            data,
+            out / "encoded.safetensors",
+            kind=system.objective.cached,
+            views=views,
+            augmentation=augmentation,
+            seed=config.seed,
+        )
+        held_out = None if val is None else encode_images(system, val, out / "encoded-val.safetensors")
     if encoded.texts is None:
         known, most = system.need_model().conditioner.num_classes, int(encoded.labels.max())
         if most >= known:
             raise ValueError(
                 f"the data has class number {most}, but the model knows {known} classes; build it with more"
             )
-    held_out = None if val is None else encode_images(system, val, out / "encoded-val.safetensors")
-    task = GeneratorTask(system, config, loss, encoded, held_out)
-    module = fit(task, encoded, config, out, "generator")
+    task = GeneratorTask(system, config, loss, encoded, held_out, team=team)
+    module = fit(task, encoded, config, out, "generator", team=team)
     system.need_model().load_state_dict(module.state_dict())
-    save(system, out / "system")
+    if team.leads:
+        save(system, out / "system")
     return system.eval()
 
 
@@ -123,8 +133,9 @@ def _transform(system: System, augmentation: AugmentSettings | None) -> Any:
     if augmentation is None:
         return None
 
-    def transform(batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        images = augment(batch["image"], system.image_size, batch["mirror_ok"], generator, augmentation)
+    def transform(batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
+        numbers = draws.rand(NUMBERS)
+        images = augment(batch["image"], system.image_size, batch["mirror_ok"], numbers, augmentation)
         return batch | {"image": images}
 
     return transform

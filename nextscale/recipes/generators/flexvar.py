@@ -39,6 +39,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.codebook import Codebook
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.draws import Draws
 from nextscale.training.objective import Batch
 from nextscale.training.settings import TokenizerLoss
 
@@ -115,13 +116,22 @@ class PlainPyramid(nn.Module):
         """How many codes scale k may use: all of them."""
         return self.codes
 
-    def learn(self, f: Tensor, schedule: Schedule, keep: Tensor, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+    def learn(
+        self,
+        f: Tensor,
+        schedule: Schedule,
+        keep: Tensor,
+        *,
+        beta: float = 0.25,
+        entropy: float = 0.0,
+        counts: Tensor | None = None,
+    ) -> Lesson:
         """Quantize `f` at one size for training the tokenizer: that of the last scale that the first image keeps (`keep`
         bool [B, K]), so that scale dropout teaches the decoder all sizes.
 
         The loss pulls codes to features and, `beta` times, features to codes; `entropy` weighs a term that wants every
-        feature sure of its code and all codes used alike (both as in LlamaGen). Tokens and rests of the other scales are
-        counted, but carry no gradient.
+        feature sure of its code and all codes used alike (both as in LlamaGen); `counts` is not needed. Tokens and rests of
+        the other scales are counted, but carry no gradient.
         """
         chosen = int(keep[0].nonzero().max())
         tokens, rests, f_hat, loss = [], [], f, f.new_zeros(())
@@ -252,9 +262,9 @@ class RandomSchedules(Settings):
             sides.pop(rng.choice(range(max(1, len(sides) - 4), len(sides))))
         return sides
 
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, generator: torch.Generator) -> Batch:
+    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
         """Inputs and targets of features [B, C, h, w] on a schedule of this step's own."""
-        seed = int(torch.randint(2**62, (1,), generator=generator))
+        seed = int(torch.randint(2**62, (1,), generator=draws.generator))
         drawn = Schedule.squares(*self.draw(random.Random(seed)))
         encoded = pyramid.encode(content, drawn)
         inputs = torch.cat(encoded.inputs, dim=1) if encoded.inputs else None

@@ -47,6 +47,7 @@ from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.draws import Draws
 from nextscale.training.objective import Batch
 from nextscale.training.settings import TokenizerLoss
 
@@ -113,17 +114,17 @@ class SelfCorrection(Settings):
         False, description="weigh a token by 1 / sqrt(tokens of its scale), so that coarse scales count more"
     )
 
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, generator: torch.Generator) -> Batch:
+    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
         """Inputs and targets of features [B, C, h, w]."""
-        flips = self.draw(len(content), pyramid.code_dim, schedule, generator)
+        flips = self.draw(pyramid.code_dim, schedule, draws)
         return self.flipped(pyramid, content, schedule, [flip.to(content.device) for flip in flips])
 
-    def draw(self, batch: int, bits: int, schedule: Schedule, generator: torch.Generator) -> list[Tensor]:
+    def draw(self, bits: int, schedule: Schedule, draws: Draws) -> list[Tensor]:
         """Which bits to flip, bool [B, l_k, C] of each scale that has any."""
         flips = []
         for length in schedule.lengths[: self.scales]:
-            share = int(torch.randint(round(100 * self.strength) + 1, (1,), generator=generator)) / 100
-            flips.append(torch.rand(batch, length, bits, generator=generator) < share)
+            share = int(torch.randint(round(100 * self.strength) + 1, (1,), generator=draws.generator)) / 100
+            flips.append(draws.rand(length, bits) < share)
         return flips
 
     def flipped(self, pyramid: Any, content: Tensor, schedule: Schedule, flips: Sequence[Tensor]) -> Batch:

@@ -1,0 +1,60 @@
+"""Random numbers of training: what step s draws follows from the seed and s, for any number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def generator_for(seed: int, step: int, use: str = "step") -> torch.Generator:
+    """The generator of one step (or epoch) and one use, on the CPU."""
+    salt = {"step": 0, "order": 1, "validation": 2, "init": 3, "augment": 4, "restart": 5}[use]
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 8 + salt)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for some images of a batch.
+
+    They are drawn for the whole batch, and each part of it takes its rows: an image gets the same numbers however many
+    processes and pieces the batch is shared by. `generator` itself is for what the whole batch shares.
+
+    Args:
+        generator: of the step; every part of a batch begins with one in the same state.
+        total: images of the whole batch.
+        rows: those of this part; all by default.
+    """
+
+    generator: torch.Generator
+    total: int
+    rows: slice | None = None
+
+    def __len__(self) -> int:
+        return self.total if self.rows is None else len(range(*self.rows.indices(self.total)))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), [rows, *shape]."""
+        return torch.rand(self.total, *shape, generator=self.generator)[self.rows or slice(None)]
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers from `low` to `high - 1`, int64 [rows, *shape]."""
+        return torch.randint(low, high, (self.total, *shape), generator=self.generator)[self.rows or slice(None)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a batch, and their random numbers."""
+
+    batch: dict[str, Any]  # entries [rows, ...], tensors or lists
+    draws: Draws
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @property
+    def share(self) -> float:
+        """Of the whole batch."""
+        return len(self.draws) / self.draws.total

@@ -1,0 +1,107 @@
+"""Training on several processes: who takes which rows, whose gradients are averaged, who writes. torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train together; alone, all calls but `wrap` do nothing."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_environment(cls, device: str) -> Team:
+        """The team that torchrun started, joined; a team of one where nothing says otherwise."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        return cls(dist.get_rank(), size)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def pieces(self, batch_size: int, accumulate: int) -> list[slice]:
+        """Rows of the whole batch that this process takes, one slice for each forward pass.
+
+        Raises ValueError if processes and passes do not divide the batch.
+        """
+        count = self.size * accumulate
+        if batch_size % count:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be shared by {self.size} processes x {accumulate} passes each (accumulate); "
+                f"use a batch size that {count} divides"
+            )
+        length = batch_size // count
+        first = self.rank * accumulate
+        return [slice(i * length, (i + 1) * length) for i in range(first, first + accumulate)]
+
+    def wrap(self, module: nn.Module, function: Callable[..., Any], unused: bool = False) -> nn.Module:
+        """A module that calls `function`, which uses `module`, and whose backward pass averages gradients over the team.
+
+        `unused`: some parameters may take no part in some steps.
+        """
+        call = _Call(module, function)
+        if self.size == 1:
+            return call
+        return DistributedDataParallel(call, broadcast_buffers=False, find_unused_parameters=unused)
+
+    def averaging(self, wrapped: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """Where a backward pass averages gradients over the team (`now`), or only adds them up."""
+        if isinstance(wrapped, DistributedDataParallel) and not now:
+            return wrapped.no_sync()
+        return nullcontext()
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """The sum over the team, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_(self, values: Tensor) -> Tensor:
+        """The leader's values, in place."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+        return values
+
+    def mean(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Metrics averaged over the team; all must have the same names."""
+        values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.double)
+        return dict(zip(metrics, (self.sum_(values) / self.size).tolist(), strict=True))
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leader goes through the block before the others, which find its files there."""
+        if self.size > 1 and not self.leads:
+            dist.barrier()
+        try:
+            yield
+        finally:  # the others must not wait for a leader that failed
+            if self.size > 1 and self.leads:
+                dist.barrier()
+
+
+class _Call(nn.Module):
+    """`DistributedDataParallel` needs a module whose forward pass is all of the loss."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *values: Any) -> Any:
+        return self.function(*values)

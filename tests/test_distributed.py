@@ -1,0 +1,92 @@
+"""Two processes, or two passes that share a batch, end in the weights of one process with one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import nextscale as ns
+from nextscale.training.draws import Draws
+from nextscale.training.team import Team
+
+SCRIPT = str(Path(__file__).parent / "train_small.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def train(kind: str, out: Path, *settings: str, processes: int = 1) -> subprocess.Popen:
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *several, SCRIPT, kind, str(out), *settings]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(out: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in ns.load(out / "system").parameters()])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
+    for name, settings, processes in (("one", (), 1), ("passes", ("accumulate=2",), 1), ("two", (), 2)):
+        finished(train(kind, tmp_path / name, *settings, processes=processes))
+    one = weights(tmp_path / "one")
+    for name in ("passes", "two"):
+        # Sums in another order. Where a gradient is nothing but rounding (biases before a norm), Adam turns it into steps
+        # of about lr, here 1e-4 at most.
+        torch.testing.assert_close(weights(tmp_path / name), one, atol=1e-5, rtol=0)
+    losses = {}
+    for name in ("one", "two"):  # one log, of means over processes
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses["two"]) == 12 and losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    finished(train("generator", tmp_path / "whole", "steps=60", processes=2))
+    process = train("generator", tmp_path / "asked", "steps=60", processes=2)
+    log = tmp_path / "asked" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and not (tmp_path / "asked" / "system").exists()
+    assert list((tmp_path / "asked" / "checkpoints").glob("*.pt"))
+    finished(train("generator", tmp_path / "asked", "steps=60", processes=2))
+    assert torch.equal(weights(tmp_path / "asked"), weights(tmp_path / "whole"))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_at_the_door(tmp_path):
+    assert Team(1, 2).pieces(8, 2) == [slice(4, 6), slice(6, 8)]
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 3 processes x 1 passes"):
+        Team(0, 3).pieces(8, 1)
+    process = train("generator", tmp_path / "a", "accumulate=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode and "a batch of 8 cannot be shared by 1 processes x 3 passes" in output
+    assert not (tmp_path / "a").exists()
+
+
+def test_draws_of_the_parts_are_those_of_the_whole():
+    def draws(rows: slice | None = None) -> Draws:
+        return Draws(torch.Generator().manual_seed(5), 6, rows)
+
+    def drawn(some: Draws) -> list[torch.Tensor]:
+        return [some.rand(3), some.randint(0, 9, 2), some.rand()]
+
+    whole = drawn(draws())
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = draws(rows)
+        assert len(part) == rows.stop - rows.start
+        for got, all_rows in zip(drawn(part), whole, strict=True):
+            assert torch.equal(got, all_rows[rows])

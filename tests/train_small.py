@@ -1,0 +1,43 @@
+"""Trains a tiny system on coloured squares into a folder: what several processes run, started by torchrun.
+
+python tests/train_small.py tokenizer|generator OUT [name=value of TrainConfig ...]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small import small
+from test_training import Squares
+
+import nextscale as ns
+from nextscale.data.transforms import AugmentSettings
+from nextscale.recipes.generators import var
+from nextscale.training.settings import TokenizerLoss, TrainConfig
+
+# No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.
+LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)
+
+
+def main(kind: str, out: str, *settings: str) -> None:
+    torch.set_num_threads(1)
+    changes = dict(setting.split("=") for setting in settings)
+    often = {"log_every": 1, "validate_every": 6, "save_every": 5}
+    config = TrainConfig.model_validate(
+        {"steps": 12, "batch_size": 8, "lr": 1e-4, "warmup": 2, "ema": 0.9} | often | changes
+    )
+    pyramid = var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)
+    system = var.build(small(num_classes=3, pyramid=pyramid), seed=3)
+    data, val = Squares(size=64), Squares(8, seed=1)
+    augmentation = AugmentSettings(hue=0)
+    if kind == "tokenizer":
+        ns.train_tokenizer(system, data, config, out=out, val=val, loss=LOSS, augmentation=augmentation)
+    else:
+        ns.train_model(system, data, config, out=out, val=val, augmentation=augmentation, views=2)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
