@@ -90,3 +90,13 @@ def test_draws_of_the_parts_are_those_of_the_whole():
         assert len(part) == rows.stop - rows.start
         for got, all_rows in zip(drawn(part), whole, strict=True):
             assert torch.equal(got, all_rows[rows])
+
+
+def test_a_killed_run_goes_on_to_the_same_bits():
+    """The short form of `python benchmarks/kill_resume.py --kills 20`."""
+    script = Path(__file__).parent.parent / "benchmarks" / "kill_resume.py"
+    command = [sys.executable, str(script), "--kills", "1", "--steps", "60", "--processes", "1"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["same_bits"] for line in lines] == [1, 1]

@@ -124,15 +124,16 @@ def test_limited_scales_use_their_first_codes_and_start_with_all_of_them():
 
 def test_scale_dropout_by_prefix_and_one_by_one():
     system = tiny()
-    for drop in ("prefix", "independent"):
+    for drop in ("prefix", "independent", "single"):
         loss = TokenizerLoss(drop=drop, drop_scales=0.5, drop_from=2)
         task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
         keep = task.kept_scales(Draws(generator_for(0, 0), 4000))[0]
         assert keep[:, :2].all()
         share = keep.float().mean(dim=0).tolist()
-        # prefix: n is 2, 3 or 4 alike; independent: even odds, and the last stays
-        wanted = [1, 1, 1 - 0.5 / 3, 1 - 1 / 3] if drop == "prefix" else [1, 1, 0.75, 1]
-        assert share == pytest.approx(wanted, abs=0.03)
+        # prefix: n is 2, 3 or 4 alike; independent: even odds, and the last stays; single: one of the last two
+        wanted = {"prefix": [1 - 0.5 / 3, 1 - 1 / 3], "independent": [0.75, 1], "single": [0.75, 0.75]}[drop]
+        assert share[2:] == pytest.approx(wanted, abs=0.03)
+        assert drop != "single" or keep.sum(dim=1).min() == 3
         assert drop != "prefix" or (keep.int().diff(dim=1) <= 0).all()
 
 
@@ -172,8 +173,10 @@ def test_standardized_residuals_follow_the_data():
             torch.testing.assert_close(rows.std(0, correction=0), torch.ones(8), atol=1e-2, rtol=0)
 
 
+# Step 5 is before the first validation and step 10 after it: validating must not change how training goes on.
+@pytest.mark.parametrize("stop", [5, 10])
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, kind, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, kind, stop, monkeypatch):
     def train(out, system):
         if kind == "tokenizer":
             return ns.train_tokenizer(system, DATA, CONFIG, out=out, val=VAL, loss=LOSS)
@@ -183,19 +186,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, kind, monkeypatch):
 
     whole = train(tmp_path / "whole", tiny())
 
-    saved = torch.save
-
-    def die_after_saving(*args, **kwargs):
-        saved(*args, **kwargs)
-        monkeypatch.setattr(
-            "nextscale.training.loop.learning_rate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+    def die(config, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return learning_rate(config, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nextscale.training.loop.torch.save", die_after_saving)
+        patch.setattr(loop, "learning_rate", die)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped", tiny())
-    monkeypatch.undo()
     assert not (tmp_path / "stopped" / "system").exists()
     resumed = train(tmp_path / "stopped", tiny())
     assert torch.equal(weights(resumed), weights(whole))
@@ -230,6 +229,40 @@ def test_a_diverging_run_stops_with_advice(tmp_path):
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*encoder\.conv_in \(Conv2d\).*last checkpoint"):
         ns.train_tokenizer(tiny(), data, config, out=tmp_path)
     assert metrics(tmp_path, "train/skipped") == {1: 1, 2: 2}
+
+
+def test_a_collapsed_scale_is_named_once_on_the_terminal(tmp_path, capsys):
+    """All images alike: no scale can use more than a code a place."""
+    data = Squares(8)
+    for item in data.items:
+        item["image"] = torch.zeros(3, 32, 32)
+    config = CONFIG.model_copy(update={"batch_size": 8})
+    loss = TokenizerLoss(quantize_start=0, restart_every=0, alarm=0.1, init_codes=False)
+    ns.train_tokenizer(tiny(), data, config, out=tmp_path, loss=loss)
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "scale 0 (1x1) has collapsed: it uses 1.0 of 32" in line
+    ]
+    assert len(said) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum("alarm" in line and "scale 0" in line["alarm"] for line in lines) == 12
+    assert metrics(tmp_path, "train/tokens_per_s")[12] > 0 and metrics(tmp_path, "train/memory_gb")[12] > 0.01
+
+
+def test_scale_weights_and_a_tokenizer_to_go_on_from(tmp_path):
+    weighted = GeneratorLoss(scale_weights=(0.0, 0.0, 0.0, 2.0), drop_condition=0)
+    ns.train_model(tiny(), DATA, CONFIG, out=tmp_path / "a", loss=weighted)
+    first = {k: metrics(tmp_path / "a", f"train/loss/{k}")[1] for k in range(4)}
+    assert metrics(tmp_path / "a", "train/loss")[1] == pytest.approx(2 * first[3] * 16 / 30, rel=1e-4)
+    with pytest.raises(ValueError, match="one factor for each of 4 scales"):
+        ns.train_model(tiny(), DATA, CONFIG, out=tmp_path / "b", loss=GeneratorLoss(scale_weights=(1.0,)))
+    trained = ns.train_tokenizer(tiny(), DATA, CONFIG, out=tmp_path / "c", loss=LOSS)
+    codes = trained.tokenizer.pyramid.codebook.weight.detach().clone()
+    again = LOSS.model_copy(update={"quantize_start": 0.0, "init_codes": False, "restart_every": 0})
+    slow = CONFIG.model_copy(update={"steps": 2, "lr": 1e-6})
+    moved = ns.train_tokenizer(ns.load(tmp_path / "c" / "system"), DATA, slow, out=tmp_path / "d", loss=again)
+    torch.testing.assert_close(moved.tokenizer.pyramid.codebook.weight, codes, atol=1e-5, rtol=0)
 
 
 def test_checkpoints_are_verified_and_the_best_stays(tmp_path):

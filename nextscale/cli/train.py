@@ -51,6 +51,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
     def command(
         out: OutFolder = None,
         data: str = "openmoji",
+        start: str = "",
         recipe: str = RECIPE,
         preset: str = name,
         oversample: int = 2,
@@ -69,6 +70,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         Args:
             out: folder of the run
             data: openmoji, or a folder of images
+            start: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
+                in use from the first step
             recipe: the method, by the name of its file in nextscale/recipes
             preset: where the system's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
@@ -78,7 +81,12 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
-        built = module.build(system, seed=train.seed, model=False)
+        if start:
+            built = trained(start, recipe)
+            built.model = None
+            loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
+        else:
+            built = module.build(system, seed=train.seed, model=False)
         training, validation = load_data(data, square_side(built), oversample)
         train_tokenizer(
             built, training.train, train, out=folder, val=validation.val, loss=loss, augmentation=augmentation
@@ -130,10 +138,7 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         folder = checked("generator", out, train, oversample=oversample, views=views)
         if not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
-        run = Path(tokenizer) / "system"
-        base = load(run if run.is_dir() else tokenizer)
-        if base.recipe != recipe:
-            raise ValueError(f"{tokenizer} is of the recipe {base.recipe!r}, got --recipe {recipe}; give the same")
+        base = trained(tokenizer, recipe)
         training, validation = load_data(data, square_side(base), oversample)
         changes = {"transformer": transformer, "sampling": sampling}
         if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
@@ -153,6 +158,15 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         print(folder / "system")
 
     return command
+
+
+def trained(name: str, recipe: str) -> System:
+    """The system of a run's folder, or of that name; of the given recipe."""
+    run = Path(name) / "system"
+    system = load(run if run.is_dir() else name)
+    if system.recipe != recipe:
+        raise ValueError(f"{name} is of the recipe {system.recipe!r}, got --recipe {recipe}; give the same")
+    return system
 
 
 def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> Path:

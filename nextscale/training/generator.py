@@ -60,6 +60,7 @@ class GeneratorTask:
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
         self.forward = team.wrap(self.module, self.losses)
         self.team = team
+        self.tokens_per_image = system.schedule.length
 
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         return descend(self.module, self.optimizers["model"], self.forward, parts, step, self.config.clip, self.team)
@@ -85,6 +86,13 @@ class GeneratorTask:
         per_scale: dict[str, Tensor | float] = {f"loss/{k}": piece.detach().mean() for k, piece in enumerate(pieces)}
         if weights is not None:
             pieces = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
+        if self.loss.scale_weights:
+            factors = self.loss.scale_weights
+            if len(factors) != len(schedule):
+                raise ValueError(
+                    f"scale_weights: expected one factor for each of {len(schedule)} scales, got {factors}"
+                )
+            pieces = tuple(piece * factor for piece, factor in zip(pieces, factors, strict=False))
         # A token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
         warm = [1.0] * newest + [weight]
         loss = torch.stack([piece.sum(dim=1) * w for piece, w in zip(pieces, warm, strict=True)]).sum(0).mean()
@@ -100,6 +108,10 @@ class GeneratorTask:
             return {}
         labels = self.val.values(self.val.labels[:, 0])
         return evaluate_likelihood(self.system.with_model(module), self.val.content, labels).metrics()
+
+    def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
+        """Nothing of a generator is watched for."""
+        return []
 
     @staticmethod
     def score(metrics: Mapping[str, float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ class RunLog:
 
     def __init__(self, out: Path, steps: int, description: str, first: int = 0, silent: bool = False) -> None:
         self.steps, self.first, self.description, self.silent = steps, first, description, silent
+        self._sounding: set[str] = set()
         if silent:  # of several processes one writes
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
@@ -55,8 +57,23 @@ class RunLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def alarms(self, step: int, sentences: list[str]) -> None:
+        """Say what has gone wrong: once on the terminal as long as it lasts, each time in metrics.jsonl (`alarm`)."""
+        if self.silent:
+            return
+        for sentence in sentences:
+            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 1), "alarm": sentence}) + "\n")
+            what = sentence.partition(":")[0]  # numbers change from line to line
+            if what not in self._sounding:
+                tqdm.write(f"step {step}: {sentence}", file=sys.stderr)
+                self._board.add_text("alarm", sentence, step)
+        self._lines.flush()
+        self._sounding = {sentence.partition(":")[0] for sentence in sentences}
+
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """`pictures/<name>-<step>.png`, and the same in TensorBoard."""
+        if self.silent:
+            return
         for name, images in pictures.items():
             save_images(images, self.out / "pictures" / f"{name}-{step:06d}.png", columns=16)
             self._board.add_images(name, to_uint8(images), step)

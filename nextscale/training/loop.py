@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ class Task(Protocol):
     @property
     def optimizers(self) -> Mapping[str, Optimizer]: ...
 
+    @property
+    def tokens_per_image(self) -> int: ...
+
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         """One optimizer step on this process's parts of a batch; returns metrics, `loss` and `grad_norm` among them."""
 
@@ -47,6 +51,9 @@ class Task(Protocol):
 
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Rows of images to look at, float [B, 3, H, W] in [-1, 1]."""
+
+    def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
+        """What in these training metrics a person should know of now, in sentences."""
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """How good these validation metrics are; higher is better. The best checkpoint is kept."""
@@ -208,16 +215,11 @@ def fit(
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     first = _resume(task, ema, config, checkpoints, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads)
+    own = slice(pieces[0].start, pieces[-1].stop)
+    order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
     loader = DataLoader(
         data,
-        batch_sampler=Order(  # type: ignore[arg-type]
-            len(data),  # type: ignore[arg-type]
-            config.batch_size,
-            config.seed,
-            first,
-            config.steps,
-            slice(pieces[0].start, pieces[-1].stop),
-        ),
+        batch_sampler=order,
         num_workers=config.workers,
         collate_fn=getattr(data, "collate", collate),
     )
@@ -226,8 +228,8 @@ def fit(
         """The pieces of this process's share, augmented, with the random numbers of their images."""
         parts = []
         for piece in pieces:
-            own = slice(piece.start - pieces[0].start, piece.stop - pieces[0].start)
-            some = {name: values[own] for name, values in batch.items()}
+            rows = slice(piece.start - own.start, piece.stop - own.start)
+            some = {name: values[rows] for name, values in batch.items()}
             if transform is not None:
                 augmenting = generator_for(config.seed, step, "augment")
                 some = transform(some, Draws(augmenting, config.batch_size, piece))
@@ -235,6 +237,7 @@ def fit(
         return parts
 
     shown = ema.module if ema else task.module
+    task.module.train()  # a system comes in eval mode
     best, skipped = checkpoints.best_score(), 0
     with torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
         started = time.perf_counter()
@@ -259,9 +262,12 @@ def fit(
             bar.update()
             if done % config.log_every == 0 or done == config.steps or not finite:
                 speed = (done - first) * config.batch_size / (time.perf_counter() - started)
-                metrics = team.mean(metrics)
-                log.scalars(done, {**metrics, "lr": lr, "images_per_s": speed, "skipped": skipped}, "train")
-                bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+                means = team.mean(metrics)
+                running = {"lr": lr, "images_per_s": speed, "tokens_per_s": speed * task.tokens_per_image}
+                running |= {"memory_gb": peak_memory(config.device), "skipped": skipped}
+                log.scalars(done, {**means, **running}, "train")
+                log.alarms(done, task.alarms(means))
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
             score, better = None, False
             if team.leads and (done % config.validate_every == 0 or done == config.steps):
                 shown.eval()
@@ -283,6 +289,18 @@ def fit(
                 )
     log.close()
     return shown.eval()
+
+
+def peak_memory(device: str) -> float:
+    """Most memory in use so far, in GB: of the accelerator, or else of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _agree(team: Team, metrics: Mapping[str, Tensor | float], stop: bool) -> tuple[bool, bool]:

@@ -68,12 +68,15 @@ class TokenizerLoss(Settings):
     quantize_start: float = Field(0.1, ge=0, lt=1, description="when quantizing starts; before, a plain autoencoder")
     init_codes: bool = Field(True, description="set the codes from the residuals of data when quantizing starts")
     drop_scales: float = Field(0.1, ge=0, le=1, description="share of images that lose some scales")
-    drop: Literal["prefix", "independent"] = Field(
-        "prefix", description="which: all after a random one, or each but the last at even odds"
+    drop: Literal["prefix", "independent", "single"] = Field(
+        "prefix", description="which: all after a random one; each but the last at even odds; or one"
     )
     drop_from: int = Field(1, ge=0, description="first scales that are always kept")
     restart_every: int = Field(100, ge=0, description="steps between restarts of dead codes; 0: never")
     restart_until: float = Field(0.6, ge=0, le=1, description="when restarts end")
+    alarm: float = Field(
+        0.05, ge=0, le=1, description="a scale whose perplexity is below this share of what it could be has collapsed"
+    )
 
 
 class GeneratorLoss(Settings):
@@ -81,6 +84,7 @@ class GeneratorLoss(Settings):
 
     drop_condition: float = Field(0.1, ge=0, le=1, description="share of labels that are replaced by the null class")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mass spread over all codes")
+    scale_weights: tuple[float, ...] = Field((), description="factor of the loss at each scale; default: 1 each")
     progressive: float = Field(0.0, ge=0, lt=1, description="train scale by scale until this share of the run; 0: off")
     progressive_from: int = Field(4, ge=1, description="newest scale of the first stage, counted from 0")
     progressive_warmup: int = Field(

@@ -22,14 +22,21 @@ class Team:
     size: int = 1
 
     @classmethod
-    def of_environment(cls, device: str) -> Team:
+    def of_environment(cls) -> Team:
         """The team that torchrun started, joined; a team of one where nothing says otherwise."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+            dist.init_process_group()  # gloo for tensors on the CPU, and the accelerator's own backend where there is one
         return cls(dist.get_rank(), size)
+
+    def own_device(self, device: str) -> str:
+        """`cuda` becomes this process's own GPU of its machine, and is chosen."""
+        if self.size > 1 and device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        return device
 
     @property
     def leads(self) -> bool:

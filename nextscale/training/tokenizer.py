@@ -65,6 +65,7 @@ class TokenizerTask:
             "discriminator": adamw(self.discriminator, config),
         }
         self.team = team
+        self.tokens_per_image = schedule.length
         self.forward = team.wrap(self.tokenizer, self.losses, unused=True)
         self.judge = team.wrap(self.discriminator, self.verdict)
 
@@ -131,14 +132,16 @@ class TokenizerTask:
     def kept_scales(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Which scales each image keeps while training, bool [B, K], and how many of the whole batch keep each, times the
         part's share [K]. A share of the images drops some: with `prefix` all after the first n, n uniform; with
-        `independent` each but the last at even odds."""
+        `independent` each but the last at even odds; with `single` one of them."""
         count, whole = len(self.schedule), Draws(draws.generator, draws.total)
         dropped = torch.arange(count) >= min(self.loss.drop_from, count)
         if self.loss.drop == "prefix":
             lost = torch.arange(count) >= whole.randint(min(self.loss.drop_from, count), count + 1, 1)
-        else:
+        elif self.loss.drop == "independent":
             lost = whole.rand(count) < 0.5
             lost[:, -1] = False
+        else:
+            lost = torch.arange(count) == whole.randint(min(self.loss.drop_from, count - 1), count, 1)
         chosen = whole.rand(1) < self.loss.drop_scales
         keep = ~(lost & dropped & chosen)
         return keep[draws.rows or slice(None)], keep.sum(dim=0) * (len(draws) / draws.total)
@@ -234,6 +237,22 @@ class TokenizerTask:
             # In use: at least a tenth of an even share.
             metrics[f"usage/{k}"] = float((recent > 0.1 / codes).float().mean())
         return metrics
+
+    def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
+        """One sentence for each scale whose codes have collapsed to a few; only where there is a codebook."""
+        pyramid, found = self.tokenizer.pyramid, []
+        for k, (h, w) in enumerate(self.schedule.sizes):
+            if pyramid.codebook is None or f"perplexity/{k}" not in metrics:
+                continue
+            # The average remembers some fifty steps.
+            attainable = min(pyramid.limit(k), 50 * self.config.batch_size * h * w)
+            perplexity = float(metrics[f"perplexity/{k}"])
+            if perplexity < self.loss.alarm * attainable:
+                found.append(
+                    f"scale {k} ({h}x{w}) has collapsed: it uses {perplexity:.1f} of {attainable} codes (perplexity); "
+                    "scale dropout, restarts, standardized residuals or fewer codes for it (pyramid.limits) help"
+                )
+        return found
 
     def due_restart(self, step: int, begun: float, quantize: bool) -> bool:
         every = self.loss.restart_every

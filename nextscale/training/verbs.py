@@ -43,7 +43,8 @@ def train_tokenizer(
     Returns the system, with the averaged weights.
     """
     _use_threads(config)
-    team = Team.of_environment(config.device)
+    team = Team.of_environment()
+    config = config.model_copy(update={"device": team.own_device(config.device)})
     team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
     out = Path(out)
     _check_size(system, data, augmentation)
@@ -85,7 +86,8 @@ def train_model(
     Returns the system, with the averaged weights.
     """
     _use_threads(config)
-    team = Team.of_environment(config.device)
+    team = Team.of_environment()
+    config = config.model_copy(update={"device": team.own_device(config.device)})
     team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
     out = Path(out)
     system.need_model()
