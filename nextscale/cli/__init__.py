@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 import nextscale as ns
-from nextscale.cli import about, change, draw, run
+from nextscale.cli import about, bench, change, draw, run
 from nextscale.cli.options import SHIPPED
 
 HELP = """usage: nextscale COMMAND [options]
@@ -47,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": run.train,
     "curves": run.curves,
     "evaluate": run.evaluate,
+    "bench": bench.bench,
     "convert": run.convert,
     "info": about.info,
     "list": about.list_,
@@ -87,6 +88,8 @@ def _dispatch(words: list[str]) -> None:
         print(f"nextscale {ns.__version__}")
     elif name == "train":
         run.train(*rest)
+    elif name == "bench":
+        bench.bench(*rest)
     elif name in COMMANDS:
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
         tyro.cli(COMMANDS[name], prog=f"nextscale {name}", args=rest, config=config, use_underscores=False)
