@@ -10,8 +10,9 @@ from small import small
 from torch.utils.data import Dataset
 
 import nextscale as ns
+from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
-from nextscale.training import loop
+from nextscale.training import encoded, loop
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
@@ -414,17 +415,56 @@ def test_codes_start_from_data_and_dead_ones_come_back():
         assert codes.abs().max() < 1e3
 
 
-def test_token_cache_is_reused_only_for_the_same_tokenizer(tmp_path):
-    path = tmp_path / "tokens.safetensors"
-    system = tiny()
-    first = encode_images(system, DATA, path)
-    assert first.content.shape == (24, 30) and first.labels.shape == (24, 1)
+def test_token_cache_is_reused_only_for_the_same_tokenizer_and_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "SHARD", 10)
+    system, options = tiny(), {"views": 2, "augmentation": AugmentSettings(hue=0)}
+    first = encode_images(system, DATA, tmp_path, **options)
+    assert first.content.shape == (48, 30) and first.labels.shape == (48, 1)
+    plain = encode_images(system, DATA)
     expected = torch.cat(ns.encode(system, torch.stack([item["image"] for item in DATA.items])), dim=1)
-    assert torch.equal(first.content.long(), expected)
-    stamp = path.stat().st_mtime_ns
-    assert torch.equal(encode_images(system, DATA, path).content, first.content) and path.stat().st_mtime_ns == stamp
+    assert torch.equal(plain.content.long(), expected) and torch.equal(plain.labels, first.labels[:24])
+    shards = sorted(tmp_path.glob("shard-*.safetensors"))
+    assert len(shards) == 6  # three of each view
+    stamps = [path.stat().st_mtime_ns for path in shards]
+    shards[1].unlink()
+    shards[2].write_bytes(b"damaged")
+    assert torch.equal(encode_images(system, DATA, tmp_path, **options).content, first.content)
+    same = [path.stat().st_mtime_ns == stamp for path, stamp in zip(shards, stamps, strict=True)]
+    assert same == [True, False, False, True, True, True]  # only what was missing
+    # in memory, with shards of another size, and read row by row: the same
+    monkeypatch.setattr(encoded, "IN_MEMORY", 0)
+    lazy = encode_images(system, DATA, tmp_path, **options)
+    assert torch.equal(torch.stack([lazy[i]["content"] for i in range(48)]), first.content.long())
+    monkeypatch.setattr(encoded, "SHARD", 4096)
+    assert torch.equal(encode_images(system, DATA, **options).content, first.content)
+    monkeypatch.setattr(encoded, "SHARD", 10)
+    with pytest.raises(ValueError, match="another images; give the one"):
+        encode_images(system, Squares(seed=5), tmp_path, strict=True, **options)
+    with pytest.raises(ValueError, match="another views"):
+        encode_images(system, DATA, tmp_path, strict=True, **(options | {"views": 3}))
+    config = CONFIG.model_copy(update={"steps": 1})
+    other = var.build(small(num_classes=3), seed=4)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        ns.train_model(other, DATA, config, out=tmp_path / "run", cache=tmp_path, **options)
+    monkeypatch.undo()
+    path = tmp_path / "own"
+    first = encode_images(system, DATA, path)
     with torch.no_grad():
         system.tokenizer.pyramid.codebook.weight.mul_(3)
     assert not torch.equal(encode_images(system, DATA, path).content, first.content)
-    path.write_bytes(b"damaged")
+    (path / "index.json").write_text("damaged")
     assert encode_images(system, DATA, path).content.shape == (24, 30)
+
+
+def test_texts_of_several_shards_become_one_list(monkeypatch):
+    recipe = ns.find_recipe("infinity")
+    system = recipe.build(recipe.tiny(), seed=1)
+    words = ["b", "a", "c", "a", "d", "b"]
+    items = [{"image": torch.zeros(3, 64, 64), "caption": w, "captions": (w, f"{w} again")} for w in words]
+    data = Squares(1)
+    data.items = items
+    whole = encode_images(system, data)
+    monkeypatch.setattr(encoded, "SHARD", 2)
+    parts = encode_images(system, data)
+    assert parts.texts == whole.texts == sorted({text for item in items for text in item["captions"]})
+    assert parts.values(parts.labels[:, 0]) == words and torch.equal(parts.labels, whole.labels)

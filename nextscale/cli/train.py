@@ -108,6 +108,7 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         preset: str = name,
         oversample: int = 2,
         views: int = 8,
+        cache: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: OUT/encoded)")] = None,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
         loss: GeneratorLoss = GeneratorLoss(),
         augmentation: AugmentSettings = AugmentSettings(),
@@ -129,6 +130,7 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             preset: where the transformer's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
             views: augmented versions of each image that are encoded
+            cache: folder for what was encoded, to share between runs; one of another tokenizer or other data is refused
             train: the run
             loss: the objective
             augmentation: changes to training images
@@ -154,6 +156,7 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             loss=loss,
             augmentation=augmentation,
             views=views,
+            cache=cache,
         )
         print(folder / "system")
 

@@ -86,6 +86,11 @@ class Team:
             dist.broadcast(values, 0)
         return values
 
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def mean(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Metrics averaged over the team; all must have the same names."""
         values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.double)

@@ -74,6 +74,7 @@ def train_model(
     loss: GeneratorLoss = GeneratorLoss(),
     augmentation: AugmentSettings | None = None,
     views: int = 1,
+    cache: str | os.PathLike[str] | None = None,
 ) -> System:
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
 
@@ -82,6 +83,8 @@ def train_model(
             class number, or `caption`; or `labels` or `captions`, several that fit the image, of which training picks
             one at random.
         views: augmented versions of each image that are encoded, once, before training.
+        cache: folder for what was encoded, to share between runs; one of another tokenizer, data or settings is refused.
+            Default: a folder of the run.
 
     Returns the system, with the averaged weights.
     """
@@ -93,17 +96,18 @@ def train_model(
     system.need_model()
     _check_size(system, data, augmentation)
     system.to(config.device)
-    with team.leader_first():  # the others read what it encoded
-        encoded = encode_images(
-            system,
-            data,
-            out / "encoded.safetensors",
-            kind=system.objective.cached,
-            views=views,
-            augmentation=augmentation,
-            seed=config.seed,
-        )
-        held_out = None if val is None else encode_images(system, val, out / "encoded-val.safetensors")
+    encoded = encode_images(
+        system,
+        data,
+        Path(cache) if cache is not None else out / "encoded",
+        kind=system.objective.cached,
+        views=views,
+        augmentation=augmentation,
+        seed=config.seed,
+        strict=cache is not None,
+        team=team,
+    )
+    held_out = None if val is None else encode_images(system, val, out / "encoded-val", team=team)
     if encoded.texts is None:
         known, most = system.need_model().conditioner.num_classes, int(encoded.labels.max())
         if most >= known:
