@@ -5,14 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nextscale as ns
 from nextscale.features import CHANNELS, Lite0, load_lite0
+from nextscale.tokenizer.dino import DinoDiscriminator, DinoViT
 from nextscale.tokenizer.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
+    differentiable_augmentation,
     generator_adversarial_loss,
     hinge_discriminator_loss,
+    lecam,
 )
+from nextscale.tokenizer.lpips import Lpips, Vgg16
 from nextscale.tokenizer.perceptual import Perceptual
+from nextscale.training.settings import LOSSES, TokenizerLoss, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +184,138 @@ def test_adaptive_weight_by_hand() -> None:
     assert adaptive_weight(reconstruction, adversarial * 0, weight).item() == 1e4  # a dead discriminator: the clamp
     (reconstruction + found * adversarial).backward()  # both graphs are still there
     torch.testing.assert_close(weight.grad, torch.tensor([3.0, -1.0]), atol=1e-4, rtol=0)
+
+
+def vgg_files(folder, seed: int = 0):
+    """Files of LPIPS with random weights, under the published names and shapes."""
+    torch.manual_seed(seed)
+    network = Vgg16()
+    torch.save(network.state_dict() | {"classifier.0.weight": torch.zeros(1)}, folder / "vgg16.pth")
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(linear, folder / "lpips.pth")
+    return network, linear
+
+
+def test_lpips_by_its_definition(tmp_path, images: Tensor) -> None:
+    network, linear = vgg_files(tmp_path)
+    assert list(network.state_dict())[:4] == [f"features.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")]
+    assert "features.28.weight" in network.state_dict()  # torchvision's place of the last convolution
+    lpips = Lpips(tmp_path / "vgg16.pth", tmp_path / "lpips.pth")
+    assert not lpips.state_dict() and not list(lpips.parameters())
+    found = lpips(blur(images, 1), images)
+    shift, scale = (torch.tensor(x).view(1, 3, 1, 1) for x in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    with torch.no_grad():
+        pairs = zip(network((blur(images, 1) - shift) / scale), network((images - shift) / scale), strict=True)
+        expected = torch.zeros(len(images))
+        for (a, b), weight in zip(pairs, linear.values(), strict=True):
+            a, b = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-10) for x in (a, b))
+            expected += ((a - b) ** 2 * weight).sum(1).mean((1, 2))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(lpips(images, images), torch.zeros(len(images)))
+    leaf = blur(images, 1).requires_grad_()
+    lpips(leaf, images).sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def test_weights_of_other_networks_are_refused(tmp_path, images: Tensor) -> None:
+    vgg_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not download"):
+        Lpips(tmp_path / "none.pth", tmp_path / "lpips.pth")
+    with pytest.raises(ValueError, match=r"lin0\.model\.1\.weight of shape"):
+        Lpips(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match="do not fit"):
+        Lpips(tmp_path / "lpips.pth", tmp_path / "lpips.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="read safely"):
+        Lpips(tmp_path / "text.pth", tmp_path / "lpips.pth")
+    torch.save({"a": print}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="read safely"):
+        Lpips(tmp_path / "code.pth", tmp_path / "lpips.pth")
+
+
+def test_dino_discriminator_has_the_published_layout_and_learns(tmp_path) -> None:
+    torch.manual_seed(0)
+    names = set(DinoViT(dim=24, depth=12, num_heads=2).state_dict())
+    expected = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    for i in range(12):
+        for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            expected |= {f"blocks.{i}.{part}.weight", f"blocks.{i}.{part}.bias"}
+    assert names == expected
+    published = DinoViT()
+    assert published.pos_embed.shape == (1, 197, 384) and sum(p.numel() for p in published.parameters()) == 21_664_896
+    small = DinoViT(dim=24, depth=3, num_heads=2)
+    for parameter in small.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save(
+        small.state_dict() | {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}, tmp_path / "dino.pth"
+    )
+    net = DinoDiscriminator(tmp_path / "dino.pth", dim=24, depth=3, num_heads=2)
+    assert all("heads" in name for name in net.state_dict())
+    assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 2 * 196)  # before the first block and after the third
+    net.train()
+    assert net(torch.zeros(1, 3, 300, 260)).shape == (1, 2 * 196)  # cropped or reduced
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=(0.5, 0.9))
+    for _ in range(40):
+        flat = torch.rand(4, 3, 1, 1).expand(4, 3, 32, 32) * 2 - 1
+        loss = hinge_discriminator_loss(*net(torch.cat([flat, torch.randn(4, 3, 32, 32).clamp(-1, 1)])).chunk(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.8  # 1 for one that cannot tell
+    with pytest.raises(ValueError, match="expected images"):
+        net(torch.zeros(1, 1, 64, 64))
+
+
+def test_lecam_by_hand() -> None:
+    averages = torch.tensor([1.0, -1.0])
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([0.0, -2.0])
+    found = lecam(real, fake, averages, decay=0.5)
+    torch.testing.assert_close(averages, torch.tensor([1.0, -1.0]))  # half-way to the same means
+    # relu(real - (-1)) = 3, 1 and relu(1 - fake) = 1, 3
+    assert found.item() == pytest.approx((9 + 1) / 2 + (1 + 9) / 2)
+
+
+def test_differentiable_augmentation_shifts_cuts_and_passes_gradients() -> None:
+    images = torch.arange(1.0, 65).view(1, 1, 8, 8).expand(2, 1, 8, 8)
+    centre = torch.full((2, 7), 0.5)
+    same = differentiable_augmentation(images, centre, cutout=0)
+    torch.testing.assert_close(same, images)  # brightness + 0, saturation and contrast x 1, no shift
+    centre[0, 3:5] = torch.tensor([0.999, 0.0])  # one row down, one column left
+    moved = differentiable_augmentation(images, centre, cutout=0)[0, 0]
+    torch.testing.assert_close(moved[1:, :-1], images[0, 0, :-1, 1:])
+    assert not moved[0].any() and not moved[:, -1].any()
+    cut = differentiable_augmentation(images, torch.full((2, 7), 0.5), shift=0)
+    assert (cut == 0).sum(dim=(1, 2, 3)).tolist() == [1, 1]  # 0.2 of 8 pixels
+    leaf = images.clone().requires_grad_()
+    differentiable_augmentation(leaf, torch.rand(2, 7)).square().sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def test_variants_of_the_adaptive_weight() -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    reconstruction, adversarial = weight @ torch.tensor([3.0, 4.0]), weight @ torch.tensor([0.0, -1.25])
+    assert adaptive_weight(reconstruction, adversarial, weight, root=True).item() == pytest.approx(2, rel=1e-5)
+    assert adaptive_weight(reconstruction, adversarial, weight, 0.1, 10).item() == pytest.approx(4, rel=1e-5)
+
+
+def test_published_losses_train(tmp_path) -> None:
+    """Each preset runs with files of the published layout; the log says which distance was used."""
+    from test_training import DATA, metrics, tiny
+
+    vgg_files(tmp_path)
+    files = {"lpips_vgg": str(tmp_path / "vgg16.pth"), "lpips_linear": str(tmp_path / "lpips.pth")}
+    for name, preset in LOSSES.items():
+        changes = {"adversarial_start": 0.3, "discriminator": "patch", "discriminator_width": 4} | files
+        loss = preset.model_copy(update=changes)
+        config = TrainConfig(steps=4, batch_size=4, log_every=1)
+        ns.train_tokenizer(tiny(), DATA, config, out=tmp_path / name, loss=loss)
+        assert metrics(tmp_path / name, "train/lpips")[4] > 0
+        assert metrics(tmp_path / name, "train/discriminator/hinge")[4] > 0
+    assert 3 not in metrics(tmp_path / "llamagen", "train/adaptive_weight")
+    assert metrics(tmp_path / "vaex", "train/discriminator/consistency")[4] >= 0
+    assert metrics(tmp_path / "bitvae", "train/discriminator/lecam")[4] >= 0
+    with pytest.raises(ValueError, match=r"--loss\.dino-weights"):
+        ns.train_tokenizer(tiny(), DATA, config, out=tmp_path / "x", loss=LOSSES["vaex"].model_copy(update=files))
+    with pytest.raises(ValueError, match="needs both files"):
+        half = TokenizerLoss(perceptual=1.0, lpips_vgg=files["lpips_vgg"])
+        ns.train_tokenizer(tiny(), DATA, config, out=tmp_path / "y", loss=half)

@@ -71,6 +71,21 @@ def test_corrupt_changes_the_sum_but_not_the_tokens_of_its_own_scale():
     assert not torch.equal(clean.tokens[2], dirty.tokens[2])  # later scales correct what went wrong
 
 
+def test_entropy_term_makes_codes_alike_in_use():
+    """Two codes, one far away: the term pulls the unused one in and features apart."""
+    torch.manual_seed(0)
+    pyramid = ResidualPyramid(PyramidSettings(codebook_size=2, code_dim=2, phi_ratio=0), 1)
+    with torch.no_grad():
+        pyramid.codebook.weight.copy_(torch.tensor([[0.0, 0.0], [0.3, 0.0]]))
+    f = (0.05 * torch.randn(4, 2, 2, 2)).requires_grad_()
+    schedule, keep = Schedule.squares(2), torch.ones(4, 1, dtype=torch.bool)
+    plain, sure = (pyramid.learn(f, schedule, keep, entropy=e) for e in (0.0, 1.0))
+    assert torch.equal(plain.f_hat, sure.f_hat)
+    gradient, codes = torch.autograd.grad(sure.loss - plain.loss, (f, pyramid.codebook.weight))
+    assert codes[1, 0] > 0  # a step down the gradient brings the unused code nearer
+    assert gradient.isfinite().all() and gradient.any()
+
+
 def test_gradients_reach_codes_phi_and_encoder():
     torch.manual_seed(0)
     tokenizer = Tokenizer(

@@ -12,7 +12,7 @@ from nextscale.cli.options import Flat, at_least_one, check_device, check_writab
 from nextscale.data.transforms import AugmentSettings
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.system import System, find_recipe
-from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
+from nextscale.training.settings import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
 RECIPE = "var"  # unless another is named
@@ -52,6 +52,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         out: OutFolder = None,
         data: str = "openmoji",
         start: str = "",
+        losses: str = "",
         recipe: str = RECIPE,
         preset: str = name,
         oversample: int = 2,
@@ -72,6 +73,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             data: openmoji, or a folder of images
             start: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
                 in use from the first step
+            losses: those of a published trainer, which replace all of --loss but its files: vaex, llamagen or bitvae
             recipe: the method, by the name of its file in nextscale/recipes
             preset: where the system's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
@@ -81,6 +83,11 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
+        if losses:
+            if losses not in LOSSES:
+                raise ValueError(f"unknown --losses {losses!r}; there are {', '.join(LOSSES)}")
+            files = ("lpips_vgg", "lpips_linear", "dino_weights")
+            loss = LOSSES[losses].model_copy(update={name: getattr(loss, name) for name in files})
         if start:
             built = trained(start, recipe)
             built.model = None

@@ -34,3 +34,12 @@ class Codebook(nn.Module):
         if tokens.is_floating_point():
             return tokens.to(self.weight.dtype) @ self.weight
         return F.embedding(tokens, self.weight)
+
+
+def indecision(rows: Tensor, codes: Tensor, temperature: float = 0.01) -> Tensor:
+    """Entropy of a row's soft choice of codes, minus that of all rows' mean choice: a loss that wants every row sure of its
+    code and all codes used alike (as in LlamaGen). rows [n, C], codes [V, C]."""
+    logs = ((2 * rows @ codes.T - codes.square().sum(dim=1)) / temperature).log_softmax(dim=-1)
+    shares = logs.exp()
+    mean = shares.mean(dim=0)
+    return (mean * (mean + 1e-5).log()).sum() - (shares * logs).sum(dim=-1).mean()

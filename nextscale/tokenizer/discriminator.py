@@ -1,4 +1,4 @@
-"""The patch discriminator of the tokenizer's adversarial training, its losses and its weight."""
+"""Adversarial training of the tokenizer: the patch discriminator, losses, regularisers, augmentation, the weight."""
 
 from __future__ import annotations
 
@@ -78,12 +78,60 @@ def adaptive_weight(
     low: float = 0.0,
     high: float = 1e4,
     eps: float = 1e-6,
+    root: bool = False,
 ) -> Tensor:
-    """Weight that gives both losses equal gradients at the decoder's last convolution (VQGAN, Eq. 7), clamped.
+    """Weight that gives both losses equal gradients at the decoder's last convolution (VQGAN, Eq. 7), clamped; with `root`
+    its square root.
 
     reconstruction_loss includes the perceptual term. No gradient flows through the result; the graphs of both losses
     are kept for the step's own backward pass.
     """
     (wanted,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial_loss, last_layer_weight, retain_graph=True)
-    return (wanted.norm() / (given.norm() + eps)).clamp(low, high).detach()
+    ratio = wanted.norm() / (given.norm() + eps)
+    return (ratio.sqrt() if root else ratio).clamp(low, high).detach()
+
+
+def lecam(real_logits: Tensor, fake_logits: Tensor, averages: Tensor, decay: float = 0.999) -> Tensor:
+    """LeCam regulariser (Tseng et al., CVPR 2021): real logits must not pass the running mean of made ones by much, nor the
+    running mean of real ones the made. `averages` [2] (real, made) is updated in place."""
+    with torch.no_grad():
+        averages.lerp_(torch.stack([real_logits.mean(), fake_logits.mean()]).to(averages), 1 - decay)
+    real, fake = averages.clone()
+    return F.relu(real_logits - fake).square().mean() + F.relu(real - fake_logits).square().mean()
+
+
+def differentiable_augmentation(
+    images: Tensor, numbers: Tensor, *, colour: bool = True, shift: float = 0.125, cutout: float = 0.2
+) -> Tensor:
+    """DiffAugment (Zhao et al., NeurIPS 2020) on images [B, C, H, W] in [-1, 1], each on its own, with gradients.
+
+    Brightness +-0.5, saturation x0 to 2, contrast x0.5 to 1.5; a shift by up to `shift` of the sides, filled with zeros; a
+    square of `cutout` of the sides set to zero. `numbers`: uniform in [0, 1), [B, 7].
+    """
+    brightness, saturation, contrast, *places = numbers.to(images).view(len(images), 7, 1, 1, 1).unbind(1)
+    if colour:
+        images = images + (brightness - 0.5)
+        grey = images.mean(dim=1, keepdim=True)
+        images = (images - grey) * (saturation * 2) + grey
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        images = (images - mean) * (contrast + 0.5) + mean
+    height, width = images.shape[2:]
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    down, right, top, left = (place.view(-1, 1) for place in places)
+    if shift:
+        moved_y = y - _whole((2 * down - 1) * shift * height)  # [B, H]: where each row comes from
+        moved_x = x - _whole((2 * right - 1) * shift * width)
+        images = images.gather(2, moved_y.clamp(0, height - 1)[:, None, :, None].expand_as(images))
+        images = images.gather(3, moved_x.clamp(0, width - 1)[:, None, None, :].expand_as(images))
+        inside_y, inside_x = (moved_y >= 0) & (moved_y < height), (moved_x >= 0) & (moved_x < width)
+        images = images * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
+    if cutout:
+        hole_y = (y - _whole(top * height)).abs() < cutout * height / 2
+        hole_x = (x - _whole(left * width)).abs() < cutout * width / 2
+        images = images * ~(hole_y[:, None, :, None] & hole_x[:, None, None, :])
+    return images
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.round().long()

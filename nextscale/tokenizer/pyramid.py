@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
-from nextscale.tokenizer.codebook import Codebook
+from nextscale.tokenizer.codebook import Codebook, indecision
 
 
 class PyramidSettings(Settings):
@@ -134,15 +134,19 @@ class ResidualPyramid(nn.Module):
         """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from the sum.
 
         The loss is VAR's, on the running sum at every scale: codes follow features and, `beta` times, features follow
-        codes; images that drop scale k are left out of its term. The gradient goes straight through the whole sum.
+        codes; images that drop scale k are left out of its term. The gradient goes straight through the whole sum. `entropy`
+        (not in VAR) weighs a term that wants every residual sure of its code and all codes used alike, on the images at hand.
         `counts` [K]: where `f` is a part of a batch, how many images of the whole keep each scale, times the part's share.
         """
-        if entropy:
-            raise ValueError("this pyramid has no entropy term; use entropy=0")
         keep = keep.to(f)
         counts = keep.sum(dim=0) if counts is None else counts
         loss, tokens, rests, f_hat = f.new_zeros(()), [], [], f
+        taken = self.start(len(f), schedule)  # what the scales before have taken away
         for k, (token_map, f_hat, small) in enumerate(self.walk(f, schedule, keep=keep)):
+            if entropy:
+                rows = self.standardized(self.rest(f, taken, k, schedule), k).flatten(0, 1)
+                loss = loss + entropy * indecision(rows, self.codebook.weight[: self.limit(k)])
+                taken = taken + self.contribution(token_map, k, schedule).detach()
             weight = keep[:, k] / counts[k].clamp(min=1e-6)  # of a scale that none keeps: 0
             commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weight).sum()
             follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()

@@ -59,12 +59,32 @@ class TokenizerLoss(Settings):
         ge=0,
         description="weight, in that sum, of a term for codes that are sure and used alike; of bits about 0.001",
     )
-    perceptual: float = Field(0.0, ge=0, description="weight of perceptual_lite0 (extra: nextscale[eval])")
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of the perceptual distance: perceptual_lite0 (extra: nextscale[eval]), or LPIPS"
+    )
+    lpips_vgg: str = Field(
+        "", description="file of VGG16's weights (torchvision's): makes the perceptual distance LPIPS"
+    )
+    lpips_linear: str = Field(
+        "", description="file of LPIPS's own weights (vgg.pth of lpips 0.1), with --loss.lpips-vgg"
+    )
     perceptual_start: float = Field(0.5, ge=0, le=1, description="when the perceptual term starts")
-    adversarial: float = Field(0.0, ge=0, description="weight of the patch discriminator's term")
+    adversarial: float = Field(0.0, ge=0, description="weight of the discriminator's term")
     adversarial_start: float = Field(0.6, ge=0, le=1, description="when discriminator and its term start")
     adversarial_warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which its weight rises")
-    discriminator_width: int = Field(32, ge=1, description="channels of the discriminator's first layer")
+    discriminator: Literal["patch", "dino"] = Field("patch", description="which; dino looks at frozen DINO features")
+    discriminator_width: int = Field(32, ge=1, description="channels of the patch discriminator's first layer")
+    dino_weights: str = Field("", description="file of DINO's weights (dino_deitsmall16_pretrain.pth)")
+    hinge_sum: bool = Field(False, description="add the hinge terms of real and made images, instead of their mean")
+    adaptive: Literal["ratio", "root", "off"] = Field(
+        "ratio",
+        description="scale of the adversarial term: ratio of gradients at the decoder's last layer, its root, or 1",
+    )
+    adaptive_range: tuple[float, float] = Field((0.0, 1e4), description="least and most of that scale")
+    adaptive_ema: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of that scale; 0: none")
+    lecam: float = Field(0.0, ge=0, description="weight of the discriminator's LeCam regulariser")
+    consistency: float = Field(0.0, ge=0, description="weight of its consistency under augmentation")
+    augment_pairs: bool = Field(False, description="differentiable augmentation of what the discriminator sees")
     quantize_start: float = Field(0.1, ge=0, lt=1, description="when quantizing starts; before, a plain autoencoder")
     init_codes: bool = Field(True, description="set the codes from the residuals of data when quantizing starts")
     drop_scales: float = Field(0.1, ge=0, le=1, description="share of images that lose some scales")
@@ -77,6 +97,57 @@ class TokenizerLoss(Settings):
     alarm: float = Field(
         0.05, ge=0, le=1, description="a scale whose perplexity is below this share of what it could be has collapsed"
     )
+
+
+# The losses of published trainers of tokenizers, in our words; starts as shares of a run.
+LOSSES: dict[str, TokenizerLoss] = {
+    # VAR's authors (github.com/FoundationVision/vaex). Its trainer doubles two weights of its settings; these are doubled.
+    "vaex": TokenizerLoss(
+        l1=0.2,
+        l2=1.0,
+        perceptual=1.0,
+        perceptual_start=0.0,
+        adversarial=0.4,
+        adversarial_start=0.2,
+        adversarial_warmup=0.02,
+        discriminator="dino",
+        hinge_sum=True,
+        adaptive_range=(0.015, 1e4),
+        consistency=8.0,
+        augment_pairs=True,
+    ),
+    # LlamaGen (20,000 of some 400,000 steps before the discriminator starts).
+    "llamagen": TokenizerLoss(
+        l1=0.0,
+        l2=1.0,
+        perceptual=1.0,
+        perceptual_start=0.0,
+        adversarial=0.5,
+        adversarial_start=0.05,
+        adversarial_warmup=0.0,
+        discriminator_width=64,
+        adaptive="off",
+    ),
+    # BitVAE, which trained Infinity's tokenizers (50,000 of 500,000 steps).
+    "bitvae": TokenizerLoss(
+        l1=1.0,
+        l2=0.0,
+        codebook=4.0,
+        entropy=0.001,
+        perceptual=1.0,
+        perceptual_start=0.0,
+        adversarial=0.3,
+        adversarial_start=0.1,
+        adversarial_warmup=0.0,
+        discriminator_width=128,
+        adaptive="off",
+        lecam=0.05,
+        quantize_start=0.0,
+        drop="independent",
+        drop_scales=1.0,
+        drop_from=0,
+    ),
+}
 
 
 class GeneratorLoss(Settings):

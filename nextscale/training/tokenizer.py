@@ -14,12 +14,16 @@ from torch.utils.data import Dataset
 
 from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
+from nextscale.tokenizer.dino import DinoDiscriminator
 from nextscale.tokenizer.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
+    differentiable_augmentation,
     generator_adversarial_loss,
     hinge_discriminator_loss,
+    lecam,
 )
+from nextscale.tokenizer.lpips import Lpips
 from nextscale.tokenizer.perceptual import Perceptual
 from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
@@ -50,8 +54,10 @@ class TokenizerTask:
         self.tokenizer = tokenizer.to(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.discriminator = PatchDiscriminator(image_channels, loss.discriminator_width).to(config.device)
-        self.perceptual = Perceptual().to(config.device) if loss.perceptual else None
+            self.discriminator = build_discriminator(loss, image_channels).to(config.device)
+        self.perceptual = build_perceptual(loss)
+        if self.perceptual is not None:
+            self.perceptual.to(config.device)
         self.module = nn.ModuleDict({"tokenizer": self.tokenizer, "discriminator": self.discriminator})
         # Share of tokens that each code holds at each scale (of bits: each value of each bit), averaged over recent steps;
         # saved with the run.
@@ -59,6 +65,9 @@ class TokenizerTask:
         columns = 1 if pyramid.codebook is not None else pyramid.code_dim
         usage = torch.zeros(len(schedule), columns * pyramid.codes, device=config.device)
         self.module.register_buffer("usage", usage)
+        # Running means: logits of real and of made images, and the scale of the adversarial term.
+        self.module.register_buffer("logit_means", torch.zeros(2, device=config.device))
+        self.module.register_buffer("scale_mean", torch.zeros((), device=config.device))
         self.restarted: Tensor | None = None  # codes that moved in this step
         self.optimizers = {
             "tokenizer": adamw(self.tokenizer, config, keep=("codebook",)),
@@ -77,7 +86,7 @@ class TokenizerTask:
         if quantize and pyramid.codebook is not None and self.loss.init_codes and not self.usage.any():
             self.init_codes(self.first_images().to(self.config.device), generator_for(self.config.seed, step))
         self.lessons: list[Lesson] = []
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # images and what became of them
+        self.pairs: list[tuple[Tensor, Tensor, Draws]] = []  # images and what became of them
         tokenizer, clip = self.optimizers["tokenizer"], self.config.clip
         metrics = descend(self.tokenizer, tokenizer, self.forward, parts, step, clip, self.team)
         if not metrics["grad_norm"].isfinite():  # type: ignore[union-attr]  # the step changes nothing
@@ -90,7 +99,7 @@ class TokenizerTask:
         if self.adversarial_weight(begun) > 0:
             optimizer = self.optimizers["discriminator"]
             found = descend(self.discriminator, optimizer, self.judge, self.pairs, step, clip, self.team)
-            metrics["discriminator"] = found["loss"]
+            metrics |= {f"discriminator/{name}": value for name, value in found.items()}
         if pyramid.codebook is not None and self.due_restart(step, begun, quantize):
             metrics["restarted"] = self.restart(rests, generator_for(self.config.seed, step, "restart"))
         return metrics
@@ -121,11 +130,11 @@ class TokenizerTask:
         if self.perceptual and begun >= self.loss.perceptual_start:
             perceptual = self.perceptual(recon, images).mean()
             total = total + self.loss.perceptual * perceptual
-            metrics["perceptual_lite0"] = perceptual.detach()
+            metrics[self.perceptual.name] = perceptual.detach()
         adversarial = self.adversarial_weight(begun)
         if adversarial > 0:
-            total = total + adversarial * self.fool(recon, total, metrics)
-            self.pairs.append((images, recon.detach()))
+            total = total + adversarial * self.fool(recon, total, part.draws, metrics)
+            self.pairs.append((images, recon.detach(), part.draws))
         total = total + self.loss.codebook * codebook_loss
         return total, metrics | {"loss": total.detach()}
 
@@ -159,19 +168,44 @@ class TokenizerTask:
         risen = (begun - self.loss.adversarial_start) / max(self.loss.adversarial_warmup, 1e-9)
         return self.loss.adversarial * min(1.0, max(risen, 1e-3))
 
-    def fool(self, recon: Tensor, reconstruction: Tensor, metrics: dict[str, Tensor | float]) -> Tensor:
+    def fool(self, recon: Tensor, reconstruction: Tensor, draws: Draws, metrics: dict[str, Tensor | float]) -> Tensor:
         """The adversarial term, scaled to the reconstruction's gradient at the decoder's last layer."""
         self.discriminator.requires_grad_(False)
-        term = generator_adversarial_loss(self.discriminator(recon))
-        scale = adaptive_weight(reconstruction, term, self.tokenizer.decoder.conv_out.weight)
+        seen = differentiable_augmentation(recon, draws.rand(7)) if self.loss.augment_pairs else recon
+        term = generator_adversarial_loss(self.discriminator(seen))
         self.discriminator.requires_grad_(True)
-        metrics |= {"adversarial": term.detach(), "adaptive_weight": scale}
+        metrics["adversarial"] = term.detach()
+        if self.loss.adaptive == "off":
+            return term
+        low, high = self.loss.adaptive_range
+        last, root = self.tokenizer.decoder.conv_out.weight, self.loss.adaptive == "root"
+        scale = adaptive_weight(reconstruction, term, last, low, high, root=root)
+        if self.loss.adaptive_ema:
+            mean = self.module.get_buffer("scale_mean")
+            mean.copy_(scale if mean == 0 else mean.lerp(scale, 1 - self.loss.adaptive_ema))
+            scale = mean.clone()
+        metrics["adaptive_weight"] = scale
         return scale * term
 
-    def verdict(self, pair: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def verdict(self, pair: tuple[Tensor, Tensor, Draws], step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The discriminator's loss on images and what became of them."""
-        loss = hinge_discriminator_loss(*self.discriminator(torch.cat(pair)).chunk(2))
-        return loss, {"loss": loss.detach()}
+        real, fake, draws = pair
+        images = torch.cat([real, fake])
+        numbers = torch.cat([draws.rand(7), draws.rand(7)])
+        seen = differentiable_augmentation(images, numbers) if self.loss.augment_pairs else images
+        logits = self.discriminator(seen)
+        of_real, of_fake = logits.chunk(2)
+        loss = hinge_discriminator_loss(of_real, of_fake, summed=self.loss.hinge_sum)
+        metrics: dict[str, Tensor | float] = {"hinge": loss.detach()}
+        if self.loss.lecam:
+            term = lecam(of_real, of_fake, self.module.get_buffer("logit_means"))
+            loss, metrics["lecam"] = loss + self.loss.lecam * term, term.detach()
+        if self.loss.consistency:
+            other = torch.cat([draws.rand(7), draws.rand(7)])
+            again = self.discriminator(differentiable_augmentation(images, other))
+            term = F.mse_loss(again, logits)
+            loss, metrics["consistency"] = loss + self.loss.consistency * term, term.detach()
+        return loss, {"loss": loss.detach(), **metrics}
 
     # ---- codes: start, count, restart -----------------------------------------------------------------------------
 
@@ -203,7 +237,8 @@ class TokenizerTask:
         free = torch.tensor([limit == total for limit in limits])
         shares = torch.tensor(self.schedule.lengths).log1p() * free
         counts = (shares / shares.sum().clamp(min=1) * (total - filled)).floor().long()
-        counts[-1] += (total - filled - counts.sum()) * free[-1]
+        if free.any():
+            counts[free.nonzero().max()] += total - filled - counts.sum()  # what rounding left
         filled = 0
         for k, limit in enumerate(limits):
             if limit < total:
@@ -318,6 +353,27 @@ class TokenizerTask:
         encoded = tokenizer.encode(images, self.schedule)
         rows = [images] + [at_size(tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1) for f_hat in encoded.f_hats]
         return {"reconstruction": torch.cat(rows)}
+
+
+def build_discriminator(loss: TokenizerLoss, image_channels: int) -> nn.Module:
+    """The discriminator of the settings; a small patch discriminator that is never used where there is none."""
+    if not loss.adversarial or loss.discriminator == "patch":
+        return PatchDiscriminator(image_channels, loss.discriminator_width)
+    if not loss.dino_weights:
+        raise ValueError(
+            "the DINO discriminator needs --loss.dino-weights: the file dino_deitsmall16_pretrain.pth, which is not "
+            "downloaded; or use --loss.discriminator patch"
+        )
+    return DinoDiscriminator(loss.dino_weights)
+
+
+def build_perceptual(loss: TokenizerLoss) -> Any:
+    """The perceptual distance of the settings: LPIPS where its weights are given, else that on Lite0; None without one."""
+    if bool(loss.lpips_vgg) != bool(loss.lpips_linear):
+        raise ValueError("LPIPS needs both files, --loss.lpips-vgg and --loss.lpips-linear, got one")
+    if not loss.perceptual:
+        return None
+    return Lpips(loss.lpips_vgg, loss.lpips_linear) if loss.lpips_vgg else Perceptual()
 
 
 def _kmeans(rows: Tensor, count: int, generator: torch.Generator, rounds: int = 5) -> Tensor:

@@ -36,7 +36,7 @@ from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
-from nextscale.tokenizer.codebook import Codebook
+from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.draws import Draws
@@ -144,7 +144,7 @@ class PlainPyramid(nn.Module):
                 codes = self._codes(ids)
                 loss = F.mse_loss(codes, rows.detach()) + beta * F.mse_loss(codes.detach(), rows)
                 if entropy:
-                    loss = loss + entropy * self._entropy(rows.flatten(0, 1))
+                    loss = loss + entropy * indecision(rows.flatten(0, 1), self._scaled(self.codebook.weight))
                 f_hat = (rows + (codes - rows).detach()).mT.unflatten(-1, schedule[k])
         return Lesson(tokens, rests, f_hat, loss)
 
@@ -163,14 +163,6 @@ class PlainPyramid(nn.Module):
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return F.normalize(rows, dim=-1) if self.unit else rows
-
-    def _entropy(self, rows: Tensor, temperature: float = 0.01) -> Tensor:
-        """Entropy of a row's soft choice of codes, minus that of all rows' mean choice; rows [n, C]."""
-        table = self._scaled(self.codebook.weight)
-        logs = ((2 * rows @ table.T - table.square().sum(dim=1)) / temperature).log_softmax(dim=-1)
-        shares = logs.exp()
-        mean = shares.mean(dim=0)
-        return (mean * (mean + 1e-5).log()).sum() - (shares * logs).sum(dim=-1).mean()
 
 
 def _pooled(f: Tensor, size: tuple[int, int]) -> Tensor:
