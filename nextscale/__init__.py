@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from nextscale.checkpoint import save as save
     from nextscale.checkpoint import shipped as shipped
     from nextscale.data.folder import image_folder as image_folder
+    from nextscale.data.hub import hub_images as hub_images
     from nextscale.data.images import image_grid as image_grid
     from nextscale.data.images import read_images as read_images
     from nextscale.data.images import save_images as save_images
     from nextscale.data.openmoji import openmoji as openmoji
+    from nextscale.data.shards import web_shards as web_shards
     from nextscale.data.transforms import AugmentSettings as AugmentSettings
     from nextscale.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
     from nextscale.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
 _HOME = {
     "nextscale.checkpoint": ("load", "save", "shipped"),
     "nextscale.data.folder": ("image_folder",),
+    "nextscale.data.hub": ("hub_images",),
     "nextscale.data.images": ("image_grid", "read_images", "save_images"),
     "nextscale.data.openmoji": ("openmoji",),
+    "nextscale.data.shards": ("web_shards",),
     "nextscale.data.transforms": ("AugmentSettings",),
     "nextscale.evaluation.likelihood": ("evaluate_likelihood",),
     "nextscale.evaluation.report": ("evaluate",),

@@ -70,7 +70,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
 
         Args:
             out: folder of the run
-            data: openmoji, or a folder of images
+            data: openmoji; a folder of images; shards like "photos-{000..012}.tar"; a folder of Hugging Face datasets
             start: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
                 in use from the first step
             losses: those of a published trainer, which replace all of --loss but its files: vaex, llamagen or bitvae
@@ -132,7 +132,8 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         Args:
             out: folder of the run
             tokenizer: the tokenizer: the folder of its run, or a system
-            data: openmoji, or a folder with one folder of images a class
+            data: openmoji; a folder with one folder of images a class; shards like "photos-{000..012}.tar"; a folder of
+                Hugging Face datasets
             recipe: the method, that of the tokenizer
             preset: where the transformer's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
@@ -195,6 +196,14 @@ def load_data(data: str, size: int, oversample: int) -> tuple[Any, Any]:
         from nextscale.data.openmoji import openmoji
 
         return openmoji(size * oversample), openmoji(size)
+    if data.endswith(".tar"):
+        from nextscale.data.shards import web_shards
+
+        return web_shards(data, size * oversample, validation=0.1), web_shards(data, size, validation=0.1)
+    if (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
+        from nextscale.data.hub import hub_images
+
+        return hub_images(data, size * oversample, validation=0.1), hub_images(data, size, validation=0.1)
     from nextscale.data.folder import image_folder
 
     return image_folder(data, size * oversample, validation=0.1), image_folder(data, size, validation=0.1)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +32,30 @@ def read_image_file(path: PathLike, size: Size) -> Tensor:
     ValueError for a file that is no image, is damaged, or is larger than Pillow's decompression-bomb limit.
     """
     path = Path(path)
-    height, width = height_width(size)
     if not path.exists():
         raise FileNotFoundError(f"no such image file: {path} (relative paths start from {Path.cwd()})")
     if not path.is_file():
         raise ValueError(f"expected an image file, got {path}, which is a folder or a device; name the files in it")
     try:
-        with Image.open(path) as image:
+        return decode_image(path, size, str(path))
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"cannot read {path}: no permission; check its mode", str(path)) from error
+
+
+def decode_image(source: Any, size: Size, name: str) -> Tensor:
+    """As `read_image_file`, of a path, an open file or a Pillow image; `name` says in errors what it is."""
+    height, width = height_width(size)
+    try:
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
             upright = ImageOps.exif_transpose(_on_white(image))
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
             return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()  # [3, h, w]
-    except PermissionError as error:
-        raise PermissionError(error.errno, f"cannot read {path}: no permission; check its mode", str(path)) from error
+    except PermissionError:
+        raise
     # Pillow's readers answer damaged data with whatever their parsing meets (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}); expected a whole file in a format "
+            f"{name} cannot be read as an image ({type(error).__name__}: {error}); expected a whole file in a format "
             "that Pillow knows, so convert it or replace it"
         ) from error
 

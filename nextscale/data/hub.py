@@ -1,0 +1,101 @@
+"""Hugging Face `datasets` as a dataset of ours: an object of that library, or a folder that its `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from nextscale.data.images import Size, decode_image, height_width
+
+
+class HubDataset(Dataset[dict[str, Any]]):
+    """Rows of a `datasets.Dataset`, decoded when asked for.
+
+    An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`.
+    """
+
+    def __init__(self, rows: Any, size: Size, image: str, label: str | None, caption: str | None) -> None:
+        self.rows, self.size = rows, height_width(size)
+        self.image, self.label, self.caption = image, label, caption
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[int(index)]
+        label = 0 if self.label is None else int(row[self.label])
+        return {
+            "image": decode_image(row[self.image], self.size, f"row {index}").float() / 127.5 - 1,
+            "label": label,
+            "labels": (label,),
+            "caption": "" if self.caption is None else str(row[self.caption]),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class HubImages:
+    """A data set of the library at one size. `classes`: the names of its label, if it has any."""
+
+    train: HubDataset
+    val: HubDataset
+    classes: tuple[str, ...]
+    size: Size
+
+
+def hub_images(
+    source: Any,
+    size: Size = 64,
+    *,
+    image: str = "image",
+    label: str | None = "label",
+    caption: str | None = None,
+    validation: float = 0.0,
+    seed: int = 0,
+) -> HubImages:
+    """Take images from `datasets.load_dataset(...)`, or from a folder that `save_to_disk` wrote.
+
+    Args:
+        source: a `datasets.Dataset`, a `DatasetDict` with `train` (and `validation` or `test`), or the path of a folder.
+        size: side of a square, or (height, width); short sides are resized, centres cropped.
+        image, label, caption: names of the columns; `label=None`: one class.
+        validation: share held out at random where the source has no split of its own.
+
+    Raises ValueError for missing columns, ModuleNotFoundError where a path needs the package `datasets`.
+    """
+    if isinstance(source, str | os.PathLike):
+        try:
+            from datasets import load_from_disk
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "reading this needs the package datasets: pip install 'nextscale[hub]'"
+            ) from error
+        if not Path(source).is_dir():
+            raise FileNotFoundError(f"no such folder: {source} (relative paths start from {Path.cwd()})")
+        source = load_from_disk(str(source))
+    held_out = None
+    if isinstance(source, dict):
+        if "train" not in source:
+            raise ValueError(f"expected a split named train, got {', '.join(source)}; pass one split")
+        held_out = source.get("validation", source.get("test"))
+        source = source["train"]
+    columns = list(source.features)
+    if missing := [name for name in (image, label, caption) if name is not None and name not in columns]:
+        raise ValueError(f"the data has no column {', '.join(missing)}; it has {', '.join(columns)}")
+    if held_out is None:
+        if validation:
+            parts = source.train_test_split(test_size=validation, seed=seed)
+            source, held_out = parts["train"], parts["test"]
+        else:
+            held_out = source.select([])
+    if not len(source):
+        raise ValueError("the data has no rows")
+    names = getattr(source.features[label], "names", None) if label is not None else None
+    if names is None:
+        count = 1 if label is None else 1 + max(source[label])
+        names = [str(i) for i in range(count)]
+    train, val = (HubDataset(rows, size, image, label, caption) for rows in (source, held_out))
+    return HubImages(train, val, tuple(names), size)
