@@ -53,6 +53,27 @@ def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
     assert len(losses["two"]) == 12 and losses["two"] == pytest.approx(losses["one"], abs=1e-5)
 
 
+def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands(tmp_path):
+    """FSDP2 on two processes, and activations computed again; a run goes from one to the other in the middle."""
+    variants = {"one": ((), 1), "again": (("recompute=true",), 1), "sharded": (("shard=true", "recompute=true"), 2)}
+    for name, (settings, processes) in variants.items():
+        finished(train("generator", tmp_path / name, *settings, processes=processes))
+    one = weights(tmp_path / "one")
+    for name in ("again", "sharded"):
+        torch.testing.assert_close(weights(tmp_path / name), one, atol=1e-5, rtol=0)
+    for name, (first, second) in {"to one": (2, 1), "to two": (1, 2)}.items():
+        out = tmp_path / name
+        for processes in (first, second):
+            steps = ("stop_after=6",) if processes == first else ()
+            settings = ("shard=true",) if processes == 2 else ()
+            process = train("generator", out, *settings, *steps, processes=processes)
+            finished(process)
+        torch.testing.assert_close(weights(out), one, atol=1e-5, rtol=0)
+    process = train("tokenizer", tmp_path / "t", "shard=true")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode and "tokenizers are small" in output
+
+
 def test_two_processes_stop_together_and_go_on(tmp_path):
     finished(train("generator", tmp_path / "whole", "steps=60", processes=2))
     process = train("generator", tmp_path / "asked", "steps=60", processes=2)

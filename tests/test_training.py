@@ -13,11 +13,12 @@ import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
 from nextscale.training import encoded, loop
+from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
 from nextscale.training.generator import GeneratorTask
-from nextscale.training.loop import Order, average, decay_groups
+from nextscale.training.loop import Order, decay_groups
 from nextscale.training.rates import learning_rate
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.tokenizer import TokenizerTask
@@ -377,14 +378,17 @@ def test_decay_groups_leave_tables_alone():
 
 def test_average_is_the_recurrence():
     module = torch.nn.Linear(1, 1, bias=False)
-    ema = average(module, 0.5)
+    average = Average(module, 0.5)
     values, expected = [1.0, 3.0, -2.0], None
     for n, value in enumerate(values):
         module.weight.data.fill_(value)
-        ema.update_parameters(module)
+        average.update()
         rate = min(0.5, (1 + n) / (10 + n))
         expected = value if expected is None else rate * expected + (1 - rate) * value
-    assert ema.module.weight.item() == pytest.approx(expected)
+    assert average.values["weight"].item() == pytest.approx(expected)
+    with average.shown() as shown:
+        assert shown.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == values[-1]
 
 
 def test_scale_dropout_keeps_prefixes():

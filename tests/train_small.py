@@ -3,6 +3,8 @@
 python tests/train_small.py tokenizer|generator OUT [name=value of TrainConfig ...]
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from test_training import Squares
 import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
+from nextscale.training import loop
 from nextscale.training.settings import TokenizerLoss, TrainConfig
 
 # No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.
@@ -25,6 +28,16 @@ LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)
 def main(kind: str, out: str, *settings: str) -> None:
     torch.set_num_threads(1)
     changes = dict(setting.split("=") for setting in settings)
+    stop_after = int(changes.pop("stop_after", 0))
+    if stop_after:  # end as SIGTERM would after so many steps, with status 0
+        real = loop.set_rates
+
+        def set_rates(optimizers, config, step):
+            if step + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(optimizers, config, step)
+
+        loop.set_rates = set_rates
     often = {"log_every": 1, "validate_every": 6, "save_every": 5}
     config = TrainConfig.model_validate(
         {"steps": 12, "batch_size": 8, "lr": 1e-4, "warmup": 2, "ema": 0.9} | often | changes
@@ -40,4 +53,7 @@ def main(kind: str, out: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except SystemExit as end:
+        assert "which is saved" in str(end)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.sampling.loop import sample
 from nextscale.system import System
+from nextscale.training.average import Average
 from nextscale.training.draws import Draws, Part
 from nextscale.training.encoded import EncodedImages
 from nextscale.training.loop import adamw, autocast, descend
@@ -57,8 +59,9 @@ class GeneratorTask:
         self.system = system.to(config.device)
         self.module = system.need_model()
         self.config, self.loss, self.data, self.val, self.count = config, loss, data, val, pictures
+        self.model = recomputed(self.module) if config.recompute else self.module
+        self.forward: Any = team.wrap(self.module, self.losses, sharded=config.device if config.shard else "")
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
-        self.forward = team.wrap(self.module, self.losses)
         self.team = team
         self.tokens_per_image = system.schedule.length
 
@@ -67,7 +70,7 @@ class GeneratorTask:
 
     def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log."""
-        system, model, draws = self.system, self.module, part.draws
+        system, model, draws = self.system, self.model, part.draws
         content = part.batch["content"].to(self.config.device)
         schedule, inputs, targets, weights = system.objective.batch(
             system.tokenizer.pyramid, content, system.schedule, draws
@@ -124,5 +127,29 @@ class GeneratorTask:
         labels = self.data.values(first.repeat(-(-self.count // len(first)))[: self.count])
         return {"samples": sample(self.system.with_model(module), labels, seed=0)}
 
-    def averaged(self, ema: AveragedModel | None, step: int) -> None:
+    def averaged(self, average: Average | None, step: int) -> None:
         """Nothing is left to copy."""
+
+    def together(self, function: Callable[..., Any]) -> Any:
+        """Call `function` where the weights are whole."""
+        return self.forward(function=function) if self.config.shard else function()
+
+
+def recomputed(model: Any) -> Any:
+    """A transformer of the same weights whose blocks keep no activations: the backward pass computes them again."""
+    return model.with_blocks([Recomputed(block) for block in model.blocks])
+
+
+class Recomputed(nn.Module):
+    """A block under `torch.utils.checkpoint`; dropout draws the same numbers again."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def prepare(self, condition: Any) -> Any:
+        """The block's own."""
+        return self.block.prepare(condition)
+
+    def forward(self, *values: Any) -> Tensor:
+        return checkpoint(self.block, *values, use_reentrant=False)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.log import RunLog
@@ -58,8 +58,11 @@ class Task(Protocol):
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """How good these validation metrics are; higher is better. The best checkpoint is kept."""
 
-    def averaged(self, ema: AveragedModel | None, step: int) -> None:
+    def averaged(self, average: Average | None, step: int) -> None:
         """Called after the average was updated, for state that must be copied, not averaged."""
+
+    def together(self, function: Callable[..., Any]) -> Any:
+        """Call `function` where the module's weights are whole; with sharded ones, on all processes."""
 
 
 class Order:
@@ -149,6 +152,7 @@ def descend(
             (loss / len(parts) if len(parts) > 1 else loss).backward()
         found.append(metrics)
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
     if norm.isfinite():
         optimizer.step()
     means = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]} if found[1:] else found[0]
@@ -176,18 +180,6 @@ def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
     return found[0] if found else "none: all outputs are finite, so it is the loss or its gradient"
 
 
-def average(module: nn.Module, decay: float) -> AveragedModel | None:
-    """Exponential moving average of the weights; young averages forget faster: min(decay, (1 + n) / (10 + n))."""
-    if decay == 0:
-        return None
-
-    def update(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        rate = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(list(averages), list(current), 1 - rate)
-
-    return AveragedModel(module, multi_avg_fn=update)
-
-
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Images and flags become tensors, everything else a list with one entry an image."""
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
@@ -211,9 +203,10 @@ def fit(
     `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
     """
     pieces = team.pieces(config.batch_size, config.accumulate)
-    ema = average(task.module, config.ema)
+    average = Average(task.module, config.ema) if config.ema else None
+    sharded = config.shard and team.size > 1
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
-    first = _resume(task, ema, config, checkpoints, team)
+    first = _resume(task, average, config, checkpoints, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads)
     own = slice(pieces[0].start, pieces[-1].stop)
     order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
@@ -236,7 +229,6 @@ def fit(
             parts.append(Part(some, Draws(generator_for(config.seed, step), config.batch_size, piece)))
         return parts
 
-    shown = ema.module if ema else task.module
     task.module.train()  # a system comes in eval mode
     best, skipped = checkpoints.best_score(), 0
     with torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
@@ -255,9 +247,9 @@ def fit(
                     f"such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
                     "that step, or start again with a lower --lr or --clip"
                 )
-            if ema and finite:
-                ema.update_parameters(task.module)
-                task.averaged(ema, step)
+            if average and finite:
+                average.update()
+                task.averaged(average, step)
             done = step + 1
             bar.update()
             if done % config.log_every == 0 or done == config.steps or not finite:
@@ -269,18 +261,21 @@ def fit(
                 log.alarms(done, task.alarms(means))
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
             score, better = None, False
-            if team.leads and (done % config.validate_every == 0 or done == config.steps):
-                shown.eval()
-                with torch.no_grad():
-                    judged = task.validate(shown)
-                    log.scalars(done, judged, "val")
-                    log.pictures(done, task.pictures(shown))
+            if (team.leads or sharded) and (done % config.validate_every == 0 or done == config.steps):
+                with average.shown() if average else nullcontext(task.module) as shown, torch.no_grad():
+                    shown.eval()
+                    judged, pictures = task.together(lambda shown=shown: (task.validate(shown), task.pictures(shown)))
+                log.scalars(done, judged, "val")
+                log.pictures(done, pictures)
                 task.module.train()
                 score = task.score(judged) if judged else None
                 better = score is not None and (best is None or score > best)
                 best = score if better else best
-            if team.leads and (done % config.save_every == 0 or done == config.steps or better or stop):
-                checkpoints.save(_state(task, ema, config, done), done, score)
+            if (team.leads or sharded) and (done % config.save_every == 0 or done == config.steps or better or stop):
+                state = _state(task, average, config, done)
+                state = _whole(state, team) if sharded else state
+                if team.leads:
+                    checkpoints.save(state, done, score)
             if stop and done < config.steps:
                 log.close()
                 raise SystemExit(
@@ -288,7 +283,9 @@ def fit(
                     "again to go on"
                 )
     log.close()
-    return shown.eval()
+    if average:
+        average.swap()
+    return task.module.eval()
 
 
 def peak_memory(device: str) -> float:
@@ -326,17 +323,23 @@ def _sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _state(task: Task, ema: AveragedModel | None, config: TrainConfig, step: int) -> dict[str, Any]:
+def _whole(state: dict[str, Any], team: Team) -> dict[str, Any]:
+    from nextscale.training.shards import whole
+
+    return whole(state, keep=team.leads)
+
+
+def _state(task: Task, average: Average | None, config: TrainConfig, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "config": config.model_dump(mode="json"),
         "module": task.module.state_dict(),
-        "ema": ema.state_dict() if ema else None,
+        "ema": average.state_dict() if average else None,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in task.optimizers.items()},
     }
 
 
-def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoints: Checkpoints, team: Team) -> int:
+def _resume(task: Task, average: Average | None, config: TrainConfig, checkpoints: Checkpoints, team: Team) -> int:
     """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
     with team.leader_first():
         state = checkpoints.newest()
@@ -347,6 +350,8 @@ def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoi
     # What may change between two starts: how it runs and reports, not what it computes.
     free = {
         "accumulate",
+        "shard",
+        "recompute",
         "workers",
         "device",
         "threads",
@@ -364,9 +369,19 @@ def _resume(task: Task, ema: AveragedModel | None, config: TrainConfig, checkpoi
             + ", ".join(f"{k} was {old}, now {new}" for k, (old, new) in changed.items())
             + "; use the same settings to go on with it, or another --out"
         )
-    task.module.load_state_dict(state["module"])
-    if ema:
-        ema.load_state_dict(state["ema"])
+    if config.shard and team.size > 1:
+        from nextscale.training.shards import fill, load_optimizer, placed
+
+        for name, tensor in task.module.state_dict().items():
+            fill(tensor, state["module"][name])
+        for name, value in average.values.items() if average else ():
+            state["ema"]["values"][name] = placed(state["ema"]["values"][name], value)
+        load: Callable[..., None] = load_optimizer
+    else:
+        task.module.load_state_dict(state["module"])
+        load = Optimizer.load_state_dict
+    if average:
+        average.load_state_dict(state["ema"])
     for name, optimizer in task.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+        load(optimizer, state["optimizers"][name])
     return state["step"]

@@ -30,6 +30,12 @@ class TrainConfig(Settings):
     clip: float = Field(2.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights (what is saved and shown); 0: off")
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and every draw")
+    shard: bool = Field(
+        False, description="several processes: weights, gradients and optimizer state in pieces, one a process (FSDP2)"
+    )
+    recompute: bool = Field(
+        False, description="compute the blocks' activations again in the backward pass: less memory"
+    )
     workers: int = Field(0, ge=0, description="processes that load images; 0: the main one")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, mps")
     precision: Literal["float32", "bfloat16"] = Field(

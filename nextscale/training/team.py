@@ -58,13 +58,21 @@ class Team:
         first = self.rank * accumulate
         return [slice(i * length, (i + 1) * length) for i in range(first, first + accumulate)]
 
-    def wrap(self, module: nn.Module, function: Callable[..., Any], unused: bool = False) -> nn.Module:
+    def wrap(
+        self, module: nn.Module, function: Callable[..., Any], *, unused: bool = False, sharded: str = ""
+    ) -> nn.Module:
         """A module that calls `function`, which uses `module`, and whose backward pass averages gradients over the team.
 
-        `unused`: some parameters may take no part in some steps.
+        `unused`: some parameters may take no part in some steps. `sharded`: a device; the module, which has `blocks`, is
+        sharded over the team. Optimizers are made after that.
         """
         call = _Call(module, function)
         if self.size == 1:
+            return call
+        if sharded:
+            from nextscale.training.shards import shard
+
+            shard(call, module, sharded)
             return call
         return DistributedDataParallel(call, broadcast_buffers=False, find_unused_parameters=unused)
 
@@ -72,6 +80,8 @@ class Team:
         """Where a backward pass averages gradients over the team (`now`), or only adds them up."""
         if isinstance(wrapped, DistributedDataParallel) and not now:
             return wrapped.no_sync()
+        if (set_sync := getattr(wrapped, "set_requires_gradient_sync", None)) is not None:  # sharded
+            set_sync(now)
         return nullcontext()
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -115,5 +125,6 @@ class _Call(nn.Module):
         super().__init__()
         self.module, self.function = module, function
 
-    def forward(self, *values: Any) -> Any:
-        return self.function(*values)
+    def forward(self, *values: Any, function: Callable[..., Any] | None = None) -> Any:
+        """`function`: another one that uses the module."""
+        return (function or self.function)(*values)

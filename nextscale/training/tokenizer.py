@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
@@ -27,6 +26,7 @@ from nextscale.tokenizer.lpips import Lpips
 from nextscale.tokenizer.perceptual import Perceptual
 from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.training.average import Average
 from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.loop import adamw, autocast, descend
 from nextscale.training.settings import TokenizerLoss, TrainConfig
@@ -323,12 +323,15 @@ class TokenizerTask:
         self.restarted = dead
         return float(len(dead))
 
-    def averaged(self, ema: AveragedModel | None, step: int) -> None:
+    def together(self, function: Callable[..., Any]) -> Any:
+        """A tokenizer is never sharded."""
+        return function()
+
+    def averaged(self, average: Average | None, step: int) -> None:
         """Restarted codes jump; their averages jump with them."""
-        if ema is not None and self.restarted is not None:
-            averaged: Any = ema.module
-            target = averaged["tokenizer"].pyramid.codebook.weight
-            target.data[self.restarted] = self.tokenizer.pyramid.codebook.weight.data[self.restarted]
+        if average is not None and self.restarted is not None:
+            target = average.values["tokenizer.pyramid.codebook.weight"]
+            target[self.restarted] = self.tokenizer.pyramid.codebook.weight.detach()[self.restarted]
         self.restarted = None
 
     # ---- what the loop shows --------------------------------------------------------------------------------------

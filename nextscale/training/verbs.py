@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
 from nextscale.data.transforms import NUMBERS, AugmentSettings, augment
-from nextscale.system import System
+from nextscale.system import System, find_recipe
 from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
 from nextscale.training.generator import GeneratorTask
@@ -46,6 +46,8 @@ def train_tokenizer(
     team = Team.of_environment()
     config = config.model_copy(update={"device": team.own_device(config.device)})
     team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
+    if config.shard or config.recompute:
+        raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
     out = Path(out)
     _check_size(system, data, augmentation)
     transform = _transform(system, augmentation)
@@ -57,8 +59,7 @@ def train_tokenizer(
         return (transform(batch, draws) if transform else batch)["image"]
 
     task = TokenizerTask(system.tokenizer, system.schedule, config, loss, val, first_images, team)
-    module: Any = fit(task, data, config, out, "tokenizer", transform, team)
-    system.tokenizer.load_state_dict(module["tokenizer"].state_dict())
+    fit(task, data, config, out, "tokenizer", transform, team)
     if team.leads:
         save(system, out / "system")
     return system.eval()
@@ -115,8 +116,13 @@ def train_model(
                 f"the data has class number {most}, but the model knows {known} classes; build it with more"
             )
     task = GeneratorTask(system, config, loss, encoded, held_out, team=team)
-    module = fit(task, encoded, config, out, "generator", team=team)
-    system.need_model().load_state_dict(module.state_dict())
+    fit(task, encoded, config, out, "generator", team=team)
+    if config.shard and team.size > 1:
+        from nextscale.training.shards import whole
+
+        state = whole(system.model.state_dict())
+        system.model = find_recipe(system.recipe).build(system.config).model
+        system.model.load_state_dict(state)
     if team.leads:
         save(system, out / "system")
     return system.eval()
