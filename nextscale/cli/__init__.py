@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "edit": change.edit,
     "train": run.train,
     "curves": run.curves,
+    "check-run": run.check_run,
     "evaluate": run.evaluate,
     "bench": bench.bench,
     "convert": run.convert,

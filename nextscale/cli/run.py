@@ -48,6 +48,32 @@ def curves(
     print(plot_run(runs, out))
 
 
+def check_run(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="(required)")] = "",
+    preset: str = "emoji-64",
+) -> None:
+    """Say whether a run's curves are normal: compare them with those of runs that went well.
+
+    Try: nextscale check-run runs/tokenizer
+
+    Exit status 1 if a curve leaves its band for more than a twentieth of the run.
+
+    Args:
+        run: folder of a run of `nextscale train`
+        preset: what it trains; there are bands for emoji-64
+    """
+    from nextscale.evaluation.normal import check_run
+
+    if not run:
+        raise ValueError("check-run needs the folder of a run; try `nextscale check-run runs/tokenizer`")
+    departures = check_run(run, preset)
+    for departure in departures:
+        print(departure)
+    if departures:
+        raise SystemExit(1)
+    print(f"{run} is within the bands of {preset}")
+
+
 def evaluate(
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]")] = SHIPPED,
     out: Path = Path("out/evaluation"),

@@ -36,7 +36,7 @@ def read_metrics(path: PathLike) -> Curves:
                 warnings.warn(f"{path}, line {number}, is not a line of metrics and is left out", stacklevel=2)
             continue
         for name, value in values.items():
-            if name not in ("step", "time"):
+            if name not in ("step", "time") and isinstance(value, int | float):  # alarms are sentences
                 curves.setdefault(name, {})[step] = float(value)
     if not curves:
         raise ValueError(f"{path} holds no metrics; expected JSON lines with `step` and `train/...` or `val/...`")
@@ -73,7 +73,9 @@ def plot_run(metrics: PathLike | Iterable[PathLike], out: PathLike) -> Path:
 
 def _draw_tokenizer(axes: Sequence[Any], curves: Curves) -> None:
     loss, quality, perplexity = axes
-    for i, name in enumerate(("loss", "l1", "l2", "codebook", "perceptual_lite0", "adversarial", "discriminator")):
+    for i, name in enumerate(
+        ("loss", "l1", "l2", "codebook", "perceptual_lite0", "lpips", "adversarial", "discriminator/loss")
+    ):
         points = curves.get(f"train/{name}", {})
         # A term that is not switched on yet is logged as 0, which has no logarithm.
         _line(loss, {step: value for step, value in points.items() if value > 0}, name, f"C{i}")

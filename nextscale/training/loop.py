@@ -6,6 +6,7 @@ killed therefore goes on as if nothing had happened, from weights, optimizer sta
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from nextscale import __version__
+from nextscale.files import atomic_write
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, Part, generator_for
@@ -208,6 +211,8 @@ def fit(
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     first = _resume(task, average, config, checkpoints, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads)
+    if team.leads:
+        _describe(out, description, config, team)
     own = slice(pieces[0].start, pieces[-1].stop)
     order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
     loader = DataLoader(
@@ -321,6 +326,14 @@ def _sigterm() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _describe(out: Path, description: str, config: TrainConfig, team: Team) -> None:
+    """`run.json`: what this run is and how it was last started."""
+    facts = {"kind": description, "config": config.model_dump(mode="json"), "processes": team.size}
+    facts |= {"nextscale": __version__, "torch": torch.__version__}
+    with atomic_write(out / "run.json") as path:
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(state: dict[str, Any], team: Team) -> dict[str, Any]:
