@@ -252,6 +252,33 @@ def test_a_collapsed_scale_is_named_once_on_the_terminal(tmp_path, capsys):
     assert metrics(tmp_path, "train/tokens_per_s")[12] > 0 and metrics(tmp_path, "train/memory_gb")[12] > 0.01
 
 
+def test_flop_count_is_that_of_the_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    system = tiny()
+    model, span = system.model, system.schedule.span()
+    tokens = torch.randint(32, (1, 30))
+    inputs = torch.randn(1, 29, 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        prepared = model.prepare(system.condition([0]))
+        before = counter.get_total_flops()
+        model.head.loss(model.hidden(inputs, prepared, span), tokens)
+    # The counter does not know the fused attention of a CPU: 2 products of each query with the keys that it sees.
+    pairs = 1 * 1 + 4 * 5 + 9 * 14 + 16 * 30
+    expected = 3 * (counter.get_total_flops() - before + 2 * 2 * pairs * 32 * 2)
+    found = GeneratorTask(system, CONFIG, GeneratorLoss(), None, None).flop_per_image
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_weights_and_biases_gets_the_same_names(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = CONFIG.model_copy(update={"wandb": "tests", "peak_tflops": 1.0})
+    ns.train_model(tiny(), DATA, config, out=tmp_path, val=VAL)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert 0 < metrics(tmp_path, "train/mfu")[12] == metrics(tmp_path, "train/tflops")[12]
+
+
 def test_scale_weights_and_a_tokenizer_to_go_on_from(tmp_path):
     weighted = GeneratorLoss(scale_weights=(0.0, 0.0, 0.0, 2.0), drop_condition=0)
     ns.train_model(tiny(), DATA, CONFIG, out=tmp_path / "a", loss=weighted)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.sampling.loop import sample
+from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.training.average import Average
 from nextscale.training.draws import Draws, Part
@@ -64,6 +65,7 @@ class GeneratorTask:
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
         self.team = team
         self.tokens_per_image = system.schedule.length
+        self.flop_per_image = flop_per_image(self.module, system.schedule)
 
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         return descend(self.module, self.optimizers["model"], self.forward, parts, step, self.config.clip, self.team)
@@ -133,6 +135,15 @@ class GeneratorTask:
     def together(self, function: Callable[..., Any]) -> Any:
         """Call `function` where the weights are whole."""
         return self.forward(function=function) if self.config.shard else function()
+
+
+def flop_per_image(model: Any, schedule: Schedule) -> float:
+    """Floating-point operations of a training step for each image, estimated: three times those of the forward pass's
+    matrix products in branches, input embedding, head and attention."""
+    parts = [model.embed_input, model.head, *(branch for block in model.blocks for branch in block.branches)]
+    weights = sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+    pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
+    return 3.0 * (2 * weights * schedule.length + 4 * pairs * model.settings.dim * len(model.blocks))
 
 
 def recomputed(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -19,7 +20,9 @@ from nextscale.files import atomic_write
 class RunLog:
     """Writes the metrics and pictures of one run into its folder."""
 
-    def __init__(self, out: Path, steps: int, description: str, first: int = 0, silent: bool = False) -> None:
+    def __init__(
+        self, out: Path, steps: int, description: str, first: int = 0, silent: bool = False, wandb: str = ""
+    ) -> None:
         self.steps, self.first, self.description, self.silent = steps, first, description, silent
         self._sounding: set[str] = set()
         if silent:  # of several processes one writes
@@ -34,6 +37,7 @@ class RunLog:
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(wandb, out, description) if wandb else None
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
     def progress(self) -> Any:
@@ -56,6 +60,8 @@ class RunLog:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
     def alarms(self, step: int, sentences: list[str]) -> None:
         """Say what has gone wrong: once on the terminal as long as it lasts, each time in metrics.jsonl (`alarm`)."""
@@ -75,14 +81,32 @@ class RunLog:
         if self.silent:
             return
         for name, images in pictures.items():
-            save_images(images, self.out / "pictures" / f"{name}-{step:06d}.png", columns=16)
+            path = save_images(images, self.out / "pictures" / f"{name}-{step:06d}.png", columns=16)
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"step": step, name: wandb.Image(str(path))})
             self._board.add_images(name, to_uint8(images), step)
 
     def close(self) -> None:
         if self.silent:
             return
+        if self._wandb is not None:
+            self._wandb.finish()
         self._lines.close()
         self._board.close()
+
+
+def _start_wandb(project: str, out: Path, description: str) -> Any:
+    """A run of Weights & Biases, the same one again after a resume. It works offline with WANDB_MODE=offline."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("logging to W&B needs the package wandb: pip install 'nextscale[wandb]'") from error
+    name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    run = wandb.init(project=project, name=out.name, group=description, dir=str(out), id=name, resume="allow")
+    run.define_metric("*", step_metric="step")  # our own steps: a resumed run logs some again
+    return run
 
 
 def _step_of(line: str) -> float:

@@ -46,6 +46,9 @@ class Task(Protocol):
     @property
     def tokens_per_image(self) -> int: ...
 
+    @property
+    def flop_per_image(self) -> float: ...
+
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         """One optimizer step on this process's parts of a batch; returns metrics, `loss` and `grad_norm` among them."""
 
@@ -210,7 +213,7 @@ def fit(
     sharded = config.shard and team.size > 1
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     first = _resume(task, average, config, checkpoints, team)
-    log = RunLog(out, config.steps, description, first, silent=not team.leads)
+    log = RunLog(out, config.steps, description, first, silent=not team.leads, wandb=config.wandb)
     if team.leads:
         _describe(out, description, config, team)
     own = slice(pieces[0].start, pieces[-1].stop)
@@ -262,6 +265,9 @@ def fit(
                 means = team.mean(metrics)
                 running = {"lr": lr, "images_per_s": speed, "tokens_per_s": speed * task.tokens_per_image}
                 running |= {"memory_gb": peak_memory(config.device), "skipped": skipped}
+                running["tflops"] = speed * task.flop_per_image / 1e12
+                if config.peak_tflops:
+                    running["mfu"] = running["tflops"] / config.peak_tflops
                 log.scalars(done, {**means, **running}, "train")
                 log.alarms(done, task.alarms(means))
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
@@ -363,8 +369,10 @@ def _resume(task: Task, average: Average | None, config: TrainConfig, checkpoint
     # What may change between two starts: how it runs and reports, not what it computes.
     free = {
         "accumulate",
-        "shard",
+        "peak_tflops",
         "recompute",
+        "shard",
+        "wandb",
         "workers",
         "device",
         "threads",

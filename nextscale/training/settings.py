@@ -42,6 +42,10 @@ class TrainConfig(Settings):
         "float32", description="of matrix products and convolutions; weights, losses and codes stay float32"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice")
+    peak_tflops: float = Field(
+        0.0, ge=0, description="what the devices together can do, in TFLOP/s: logs the share that the model uses (mfu)"
+    )
+    wandb: str = Field("", description="project of Weights & Biases to log to as well (extra: nextscale[wandb])")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     validate_every: int = Field(500, ge=1, description="steps between validations, with pictures")
     save_every: int = Field(250, ge=1, description="steps between checkpoints")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
@@ -75,6 +76,7 @@ class TokenizerTask:
         }
         self.team = team
         self.tokens_per_image = schedule.length
+        self.flop_per_image = flop_per_image(self.tokenizer, schedule, config.device)
         self.forward = team.wrap(self.tokenizer, self.losses, unused=True)
         self.judge = team.wrap(self.discriminator, self.verdict)
 
@@ -356,6 +358,16 @@ class TokenizerTask:
         encoded = tokenizer.encode(images, self.schedule)
         rows = [images] + [at_size(tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1) for f_hat in encoded.f_hats]
         return {"reconstruction": torch.cat(rows)}
+
+
+@torch.no_grad()
+def flop_per_image(tokenizer: Tokenizer, schedule: Schedule, device: str) -> float:
+    """Floating-point operations of a training step for each image, estimated: three times those of encoder and decoder."""
+    h, w = schedule[-1]
+    image = torch.zeros(1, tokenizer.encoder.image_channels, h * tokenizer.stride, w * tokenizer.stride, device=device)
+    with FlopCounterMode(display=False) as counter:
+        tokenizer.decode(tokenizer.features(image))
+    return 3.0 * counter.get_total_flops()
 
 
 def build_discriminator(loss: TokenizerLoss, image_channels: int) -> nn.Module:
