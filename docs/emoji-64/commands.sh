@@ -5,7 +5,7 @@ nextscale train tokenizer --out runs/tokenizer --steps 24000 --batch-size 12 --l
     --loss.codebook 0.5 --loss.quantize-start 0.05 --loss.restart-until 0.7 --augmentation.hue 0 --augmentation.scale 0.12
 torchrun --standalone --nproc-per-node 2 -m nextscale train generator --tokenizer runs/tokenizer --out runs/generator \
     --steps 11000 --batch-size 16 --lr 8e-4 --warmup 200 --ema 0.999 --threads 1 --precision bfloat16 --views 10 \
-    --validate-every 1000 --save-every 500 --transformer.dim 256 --transformer.num-heads 4 \
+    --validate-every 1000 --save-every 500 \
     --augmentation.hue 0 --augmentation.scale 0.08 --augmentation.shift 0.04
 python tools/ship.py runs/generator/system emoji-64 docs/emoji-64/commands.sh
 nextscale curves runs/tokenizer runs/generator --out docs/emoji-64/curves.png

@@ -82,9 +82,9 @@ def emoji_64(**changes: object) -> Config:
             codebook_size=512, code_dim=16, limits=(16, 64, 512, 512, 512, 512), standardize=True
         ),
         "transformer": TransformerSettings(
-            depth=8, dim=192, num_heads=6, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
+            depth=8, dim=256, num_heads=4, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
-        "sampling": SamplingDefaults(guidance=3.0, top_k=200, top_p=0.95),
+        "sampling": SamplingDefaults(guidance=4.0, top_k=50, top_p=0.85),
     }
     return Config.model_validate(settings | changes)
 
