@@ -60,7 +60,7 @@ def bands_of(out: str | os.PathLike[str], kind: Kind, batch_size: int) -> dict[s
             if len(curve) <= POINTS
             else [curve[round(i * (len(curve) - 1) / (POINTS - 1))] for i in range(POINTS)]
         )
-        half = max(1, len(curve) // POINTS // 2)
+        half = len(curve) // POINTS // 2
         rows: dict[str, list[float]] = {"images": [], "low": [], "high": []}
         for images, _ in places:
             at = bisect_left(curve, (images, float("-inf")))
