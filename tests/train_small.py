@@ -26,18 +26,14 @@ LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)
 
 
 def main(kind: str, out: str, *settings: str) -> None:
-    torch.set_num_threads(1)
     changes = dict(setting.split("=") for setting in settings)
-    stop_after = int(changes.pop("stop_after", 0))
-    if stop_after:  # end as SIGTERM would after so many steps, with status 0
-        real = loop.set_rates
+    stop_after, real = int(changes.pop("stop_after", 0)), loop.set_rates
 
-        def set_rates(optimizers, config, step):
-            if step + 1 == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(optimizers, config, step)
+    def set_rates(optimizers, config, step):
+        if step + 1 == stop_after:  # end after so many steps, as if SIGTERM came
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(optimizers, config, step)
 
-        loop.set_rates = set_rates
     often = {"log_every": 1, "validate_every": 6, "save_every": 5}
     config = TrainConfig.model_validate(
         {"steps": 12, "batch_size": 8, "lr": 1e-4, "warmup": 2, "ema": 0.9} | often | changes
@@ -46,14 +42,18 @@ def main(kind: str, out: str, *settings: str) -> None:
     system = var.build(small(num_classes=3, pyramid=pyramid), seed=3)
     data, val = Squares(size=64), Squares(8, seed=1)
     augmentation = AugmentSettings(hue=0)
-    if kind == "tokenizer":
-        ns.train_tokenizer(system, data, config, out=out, val=val, loss=LOSS, augmentation=augmentation)
-    else:
-        ns.train_model(system, data, config, out=out, val=val, augmentation=augmentation, views=2)
+    loop.set_rates = set_rates
+    try:
+        if kind == "tokenizer":
+            ns.train_tokenizer(system, data, config, out=out, val=val, loss=LOSS, augmentation=augmentation)
+        else:
+            ns.train_model(system, data, config, out=out, val=val, augmentation=augmentation, views=2)
+    except SystemExit as end:
+        assert stop_after and "which is saved" in str(end)
+    finally:
+        loop.set_rates = real
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except SystemExit as end:
-        assert "which is saved" in str(end)
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

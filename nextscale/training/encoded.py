@@ -158,6 +158,7 @@ def encode_images(
     team.wait()
     paths = [folder / f"shard-{i:05}.safetensors" for i in range(len(pieces))]
     missing = [i for i, path in enumerate(paths) if not _holds(path, key)]
+    team.wait()  # all have looked before anyone writes
     mine = missing[team.rank :: team.size]
     if missing:
         with progress(sum(min(SHARD, count - pieces[i][1]) for i in mine)) as bar:

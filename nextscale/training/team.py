@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,7 @@ class Team:
             return cls()
         if not dist.is_initialized():
             dist.init_process_group()  # gloo for tensors on the CPU, and the accelerator's own backend where there is one
+            atexit.register(dist.destroy_process_group)  # else a process may abort while its threads still run
         return cls(dist.get_rank(), size)
 
     def own_device(self, device: str) -> str:
