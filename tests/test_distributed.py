@@ -57,6 +57,7 @@ def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
     assert len(losses["two"]) == 12 and losses["two"] == pytest.approx(losses["one"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands(tmp_path):
     """FSDP2 on two processes, and activations computed again; a run goes from one to the other in the middle."""
     variants = {"one": ((), 1), "again": (("recompute=true",), 1), "sharded": (("shard=true", "recompute=true"), 2)}
@@ -74,6 +75,12 @@ def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands
         torch.testing.assert_close(weights(out), one, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="tokenizers are small"):
         train("tokenizer", tmp_path / "t", "shard=true")
+
+
+def test_recomputed_activations_give_the_same_update(tmp_path):
+    train("generator", tmp_path / "one")
+    train("generator", tmp_path / "again", "recompute=true")
+    torch.testing.assert_close(weights(tmp_path / "again"), weights(tmp_path / "one"), atol=1e-5, rtol=0)
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path):

@@ -288,6 +288,7 @@ def fit(
                 if team.leads:
                     checkpoints.save(state, done, score)
             if stop and done < config.steps:
+                team.wait()  # for the leader, who saves
                 log.close()
                 raise SystemExit(
                     f"stopped by SIGTERM after step {done}, which is saved in {checkpoints.folder}; give the same command "

@@ -62,6 +62,7 @@ def train_tokenizer(
     fit(task, data, config, out, "tokenizer", transform, team)
     if team.leads:
         save(system, out / "system")
+    team.wait()  # all return when the files are there
     return system.eval()
 
 
@@ -125,6 +126,7 @@ def train_model(
         system.model.load_state_dict(state)
     if team.leads:
         save(system, out / "system")
+    team.wait()  # all return when the files are there
     return system.eval()
 
 
