@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 import nextscale as ns
+from nextscale.data.images import to_float
 from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
@@ -124,7 +125,7 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
     size = loaded.image_size[0]
     data = ns.openmoji(size)
     found = evaluate_tokenizer(loaded.tokenizer, data.val, loaded.schedule)
-    val = data.val.images.float() / 127.5 - 1
+    val = to_float(data.val.images)
     report(
         "flexvar, maps",
         sizes=str(loaded.schedule),

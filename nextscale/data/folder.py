@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nextscale.data.images import Size, height_width, read_image_file, readable_extensions
+from nextscale.data.images import Size, height_width, read_image_file, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
@@ -42,7 +42,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         path, label = self.paths[index], self.numbers[index]
         return {
-            "image": read_image_file(path, self.size).float() / 127.5 - 1,
+            "image": to_float(read_image_file(path, self.size)),
             "label": label,
             "labels": (label,),
             "caption": path.stem,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from nextscale.data.images import Size, decode_image, height_width
+from nextscale.data.images import Size, decode_image, height_width, to_float
 
 
 class HubDataset(Dataset[dict[str, Any]]):
@@ -29,7 +29,7 @@ class HubDataset(Dataset[dict[str, Any]]):
         row = self.rows[int(index)]
         label = 0 if self.label is None else int(row[self.label])
         return {
-            "image": decode_image(row[self.image], self.size, f"row {index}").float() / 127.5 - 1,
+            "image": to_float(decode_image(row[self.image], self.size, f"row {index}")),
             "label": label,
             "labels": (label,),
             "caption": "" if self.caption is None else str(row[self.caption]),

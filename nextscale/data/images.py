@@ -68,7 +68,12 @@ def read_images(paths: PathLike | Iterable[PathLike], size: Size) -> Tensor:
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not files:
         raise ValueError("read_images: expected at least one path, got none")
-    return torch.stack([read_image_file(path, size) for path in files]).float() / 127.5 - 1
+    return to_float(torch.stack([read_image_file(path, size) for path in files]))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes to float32 in [-1, 1]; floats stay as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nextscale.data.images import to_float
 from nextscale.files import atomic_write, cache_dir
 
 ATTRIBUTION = "OpenMoji (https://openmoji.org), CC BY-SA 4.0"
@@ -102,7 +103,7 @@ class EmojiDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range for {len(self)} drawings")
         row = self.rows[index]
         return {
-            "image": self.images[index].float() / 127.5 - 1,
+            "image": to_float(self.images[index]),
             "label": self.labels[index][0],
             "labels": self.labels[index],
             "caption": row.caption,

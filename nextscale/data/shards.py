@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nextscale.data.images import Size, decode_image, height_width, readable_extensions
+from nextscale.data.images import Size, decode_image, height_width, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
@@ -60,7 +60,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         file.seek(place.start)
         source = f"{place.name} in {self.paths[place.shard]}"
         return {
-            "image": decode_image(io.BytesIO(file.read(place.length)), self.size, source).float() / 127.5 - 1,
+            "image": to_float(decode_image(io.BytesIO(file.read(place.length)), self.size, source)),
             "label": place.label,
             "labels": (place.label,),
             "caption": place.caption,

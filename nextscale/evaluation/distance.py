@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nextscale.data.images import to_float
 from nextscale.features import Lite0
 
 
@@ -17,7 +18,7 @@ def lite0_features(images: Tensor, network: Lite0 | None = None, batch_size: int
     """Pooled features [N, 1280] of images [N, 3, H, W], float in [-1, 1] or uint8."""
     network = network or Lite0()
     parts = images.split(batch_size)
-    return torch.cat([network.pooled(part if part.is_floating_point() else part.float() / 127.5 - 1) for part in parts])
+    return torch.cat([network.pooled(to_float(part)) for part in parts])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.data.images import to_float
+
 CHUNK_VALUES = 2**23  # floats of a chunk of images: 32 MiB
 CANDIDATES = 4  # kept from the matrix product for each image, then measured exactly
 QUANTILES = (0, 10, 25, 50, 75, 90)
@@ -126,5 +128,5 @@ def summary(distances: Tensor) -> dict[str, float]:
 
 def _rows(images: Tensor) -> Tensor:
     """Images as float rows [B, D] in [-1, 1]."""
-    floats = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+    floats = to_float(images)
     return floats.flatten(1)
