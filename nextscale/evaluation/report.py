@@ -32,6 +32,7 @@ from nextscale.evaluation.likelihood import (
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
 from nextscale.evaluation.reconstruction import at_size, evaluate_tokenizer, psnr
+from nextscale.features import Lite0
 from nextscale.files import atomic_write
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
@@ -253,10 +254,11 @@ def _samples(
         others = nearest(training[queries], training, groups=groups, own=groups[queries], progress=progress)
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
-    known_features, val_features = lite0_features(training), lite0_features(val)
+    network = Lite0()
+    drawn, known_features, val_features = (lite0_features(part, network) for part in (images, training, val))
     kid = {
-        "samples, training": kernel_distance(lite0_features(images), known_features),
-        "samples, validation": kernel_distance(lite0_features(images), val_features),
+        "samples, training": kernel_distance(drawn, known_features),
+        "samples, validation": kernel_distance(drawn, val_features),
         "validation, training": kernel_distance(val_features, known_features),
     }
     return {
