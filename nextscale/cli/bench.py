@@ -103,6 +103,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     import torch.nn.functional as F
 
     from nextscale.recipes.generators import var
+    from nextscale.training.generator import flop_per_image
     from nextscale.training.loop import peak_memory
 
     if threads:
@@ -142,14 +143,12 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
         if step:  # the first one warms up
             times.append(time.perf_counter() - begun)
     memory = peak_memory("cpu") - before
-    t = config.transformer
-    per_token = t.depth * (4 + 2 * t.mlp_ratio) * t.dim**2 + t.dim * (codes + config.pyramid.code_dim)
-    pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
-    forward = 2 * batch * (schedule.length * per_token + 2 * t.depth * pairs * t.dim)
+    with torch.device("meta"):  # both compute the same; ours can be counted
+        counted = var.build_model(config)
     return {
         "seconds": min(times),
         "memory_gb": max(memory, 1e-3),
-        "gflop": 3 * forward / 1e9,
+        "gflop": batch * flop_per_image(counted, schedule) / 1e9,
         "tokens": batch * schedule.length,
         "peak_gflops": matrix_peak(),
         "threads": torch.get_num_threads(),
