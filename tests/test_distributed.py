@@ -107,7 +107,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_at_the_door(tmp_path):
 
 
 def test_draws_of_the_parts_are_those_of_the_whole():
-    def draws(rows: slice | None = None) -> Draws:
+    def draws(rows: slice = slice(None)) -> Draws:
         return Draws(torch.Generator().manual_seed(5), 6, rows)
 
     def drawn(some: Draws) -> list[torch.Tensor]:

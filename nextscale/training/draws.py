@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,18 +30,18 @@ class Draws:
 
     generator: torch.Generator
     total: int
-    rows: slice | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
-        return self.total if self.rows is None else len(range(*self.rows.indices(self.total)))
+        return len(range(*self.rows.indices(self.total)))
 
     def rand(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), [rows, *shape]."""
-        return torch.rand(self.total, *shape, generator=self.generator)[self.rows or slice(None)]
+        return torch.rand(self.total, *shape, generator=self.generator)[self.rows]
 
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers from `low` to `high - 1`, int64 [rows, *shape]."""
-        return torch.randint(low, high, (self.total, *shape), generator=self.generator)[self.rows or slice(None)]
+        return torch.randint(low, high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,3 @@ class Part:
 
     batch: dict[str, Any]  # entries [rows, ...], tensors or lists
     draws: Draws
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    @property
-    def share(self) -> float:
-        """Of the whole batch."""
-        return len(self.draws) / self.draws.total

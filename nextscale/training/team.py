@@ -111,13 +111,13 @@ class Team:
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """The leader goes through the block before the others, which find its files there."""
-        if self.size > 1 and not self.leads:
-            dist.barrier()
+        if not self.leads:
+            self.wait()
         try:
             yield
         finally:  # the others must not wait for a leader that failed
-            if self.size > 1 and self.leads:
-                dist.barrier()
+            if self.leads:
+                self.wait()
 
 
 class _Call(nn.Module):

@@ -155,7 +155,7 @@ class TokenizerTask:
             lost = torch.arange(count) == whole.randint(min(self.loss.drop_from, count - 1), count, 1)
         chosen = whole.rand(1) < self.loss.drop_scales
         keep = ~(lost & dropped & chosen)
-        return keep[draws.rows or slice(None)], keep.sum(dim=0) * (len(draws) / draws.total)
+        return keep[draws.rows], keep.sum(dim=0) * (len(draws) / draws.total)
 
     @property
     def usage(self) -> Tensor:
@@ -267,7 +267,7 @@ class TokenizerTask:
         codes, metrics = self.tokenizer.pyramid.codes, {}
         for k, counts in enumerate(code_counts(tokens, codes)):
             counts = self.team.sum_(counts.to(usage))
-            share = (counts / counts.sum(dim=1, keepdim=True)).flatten().to(usage)
+            share = (counts / counts.sum(dim=1, keepdim=True)).flatten()
             usage[k].lerp_(share, 0.02) if usage[k].any() else usage[k].copy_(share)
             recent = usage[k].view(-1, codes)
             metrics[f"perplexity/{k}"] = math.exp(float(torch.special.entr(recent).sum(dim=1).mean()))

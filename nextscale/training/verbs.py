@@ -42,10 +42,7 @@ def train_tokenizer(
 
     Returns the system, with the averaged weights.
     """
-    _use_threads(config)
-    team = Team.of_environment()
-    config = config.model_copy(update={"device": team.own_device(config.device)})
-    team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
+    team, config = _join(config)
     if config.shard or config.recompute:
         raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
     out = Path(out)
@@ -90,10 +87,7 @@ def train_model(
 
     Returns the system, with the averaged weights.
     """
-    _use_threads(config)
-    team = Team.of_environment()
-    config = config.model_copy(update={"device": team.own_device(config.device)})
-    team.pieces(config.batch_size, config.accumulate)  # raises at the door if they do not fit
+    team, config = _join(config)
     out = Path(out)
     system.need_model()
     _check_size(system, data, augmentation)
@@ -130,9 +124,14 @@ def train_model(
     return system.eval()
 
 
-def _use_threads(config: TrainConfig) -> None:
+def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
+    """The processes that train together, and the settings with this one's own device. Raises ValueError, before any work, for
+    a batch that they cannot share."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    team = Team.of_environment()
+    team.pieces(config.batch_size, config.accumulate)
+    return team, config.model_copy(update={"device": team.own_device(config.device)})
 
 
 def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | None) -> None:
