@@ -592,8 +592,8 @@ def test_rotary_tables_can_be_trained_with_after_sampling():
     attention = RotaryAttention(32, 2, Rotary(RotarySettings(base=77.0), 16, [Schedule.squares(1, 3)]))
     span = Schedule.squares(1, 3).span()
     with torch.inference_mode():
-        attention(torch.randn(1, 10, 32), span)
-    attention(torch.randn(1, 10, 32), span).sum().backward()
+        attention(torch.randn(1, 10, 96), span)
+    attention(torch.randn(1, 10, 96, requires_grad=True), span).sum().backward()
 
 
 def test_grids_of_schedules():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.model.lean import Prefixes, Unit
 from nextscale.schedule import Span
 
 
@@ -62,11 +63,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, cache: Lay
         return by_products(q, k, v, span.mask(q.device), scale)
     if len(span) == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    out = []
-    for begin, end in span.bounds():
-        q_k = q[:, :, begin - span.begin : end - span.begin]
-        out.append(F.scaled_dot_product_attention(q_k, k[:, :, :end], v[:, :, :end], scale=scale))
-    return torch.cat(out, dim=2)
+    ends = [end for _, end in span.bounds()]
+    parts = zip(q.split(span.lengths, dim=2), Prefixes.apply(k, ends), Prefixes.apply(v, ends), strict=True)
+    out = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+    return torch.cat([part.transpose(1, 2) for part in out], dim=1).transpose(1, 2)
 
 
 def trains_in_half_on_cpu(v: Tensor) -> bool:
@@ -99,15 +99,23 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if unit_norm else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:  # [B, l, D]
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of inputs [B, l, D], [B, l, 3 D]."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, N, l, head_dim]
+        return F.linear(x, self.qkv.weight, bias)
+
+    def forward(self, qkv: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """What the tokens tell each other, [B, l, D]."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, N, l, head_dim]
         if self.log_scale is None:
             scale = 0.25 / math.sqrt(q.shape[-1])
         else:
             scale = 1.0
             sharpness = self.log_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
-            q, k = F.normalize(q, dim=-1) * sharpness, F.normalize(k, dim=-1)
-        h = attend(q, k, v, span, scale, cache)
-        return self.proj(h.transpose(1, 2).flatten(2))
+            q, k = Unit.apply(q, sharpness), Unit.apply(k, None)
+        q, k = self.place(q, span), self.place(k, span)
+        return self.proj(attend(q, k, v, span, scale, cache).transpose(1, 2).flatten(2))
+
+    def place(self, x: Tensor, span: Span) -> Tensor:
+        """Queries or keys [B, N, l, head_dim] that know where their tokens are; here positions are in the inputs."""
+        return x

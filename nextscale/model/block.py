@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.model.attention import LayerCache, SelfAttention
 from nextscale.model.condition import Condition
+from nextscale.model.lean import again
 from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Span
 
@@ -24,25 +25,38 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def project(self, x: Tensor) -> Tensor:  # [B, l, D] -> [B, l, hidden]
+        return self.fc1(x)
+
+    def forward(self, projected: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
+        return again(self._activate, projected)
+
+    def _activate(self, projected: Tensor) -> Tensor:
+        return self.fc2(F.gelu(projected, approximate="tanh"))
 
 
 class Branch(nn.Module):
-    """One residual branch: norm, modulate, layer, gate. What is added to the residual stream, not the stream itself."""
+    """One residual branch: norm, modulate, layer, gate. What is added to the residual stream, not the stream itself.
 
-    def __init__(self, layer: nn.Module, settings: TransformerSettings, drop_path: float) -> None:
+    A layer works in two steps, `project(x)` and `forward(projected, span, cache)`, so that what lies before the first
+    product of matrices need not be kept for the backward pass.
+    """
+
+    def __init__(self, layer: Any, settings: TransformerSettings, drop_path: float) -> None:
         super().__init__()
         self.norm = plain_norm(settings)
-        self.layer = layer
+        self.layer: Any = layer
         self.dropout = nn.Dropout(settings.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, h: Tensor, modulation: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
         """h [B, l, D]; modulation [B, 3, 1, D]: gate, scale, shift."""
         gate, scale, shift = modulation.unbind(1)
-        x = torch.addcmul(shift, self.norm(h), 1 + scale)
-        return self.drop_path(gate * self.dropout(self.layer(x, span, cache)))
+        projected = again(self._project, h, scale, shift)
+        return self.drop_path(gate * self.dropout(self.layer(projected, span, cache)))
+
+    def _project(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.layer.project(torch.addcmul(shift, self.norm(h), 1 + scale))
 
 
 class DropPath(nn.Module):

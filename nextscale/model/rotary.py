@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -12,8 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from nextscale.model import attention
-from nextscale.model.attention import LayerCache, SelfAttention
+from nextscale.model.attention import SelfAttention
 from nextscale.model.init import var_normal_
 from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Schedule, Span
@@ -76,21 +74,8 @@ class RotaryAttention(SelfAttention):
         super().__init__(dim, num_heads, unit_norm)
         self.rotary = rotary
 
-    def forward(self, x: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:  # [B, l, D]
-        q, k, v, scale = self.project(x)
-        table = self.rotary(span, x.device)
-        h = attention.attend(rotate(q, table), rotate(k, table), v, span, scale, cache)
-        return self.proj(h.transpose(1, 2).flatten(2))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Queries, keys and values [B, N, l, head_dim], and the softmax scale; as in `SelfAttention`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if self.log_scale is None:
-            return q, k, v, 0.25 / math.sqrt(q.shape[-1])
-        sharpness = self.log_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
-        return F.normalize(q, dim=-1) * sharpness, F.normalize(k, dim=-1), v, 1.0
+    def place(self, x: Tensor, span: Span) -> Tensor:
+        return rotate(x, self.rotary(span, x.device))
 
 
 class ScalePositions(nn.Module):
