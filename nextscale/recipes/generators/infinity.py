@@ -252,9 +252,9 @@ def emoji_64_text(**changes: object) -> Config:
         "autoencoder": AutoencoderSettings(patch=4, width=96, multipliers=(1, 1), groups=16, attention=False, around=0),
         "bits": 16,
         "transformer": TransformerSettings(
-            depth=8, dim=192, num_heads=6, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
+            depth=8, dim=256, num_heads=4, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
-        "text": TextSettings(encoder="minilm", dim=384, length=32, pool_heads=3),
+        "text": TextSettings(encoder="minilm", dim=384, length=32, pool_heads=4),
         "sampling": SamplingDefaults(guidance=3.0, ramp=False, top_k=0, top_p=0.97),
     }
     return Config.model_validate(settings | changes)
