@@ -16,7 +16,7 @@ from nextscale.system import System
 from nextscale.training.average import Average
 from nextscale.training.draws import Draws, Part
 from nextscale.training.encoded import EncodedImages
-from nextscale.training.loop import adamw, autocast, descend
+from nextscale.training.loop import adamw, autocast, descend, scaler
 from nextscale.training.objective import drop_condition
 from nextscale.training.settings import GeneratorLoss, TrainConfig
 from nextscale.training.team import Team
@@ -60,15 +60,20 @@ class GeneratorTask:
         self.system = system.to(config.device)
         self.module = system.need_model()
         self.config, self.loss, self.data, self.val, self.count = config, loss, data, val, pictures
+        if config.compile:
+            for block in self.module.blocks:
+                block.compile()
         self.model = recomputed(self.module) if config.recompute else self.module
         self.forward: Any = team.wrap(self.module, self.losses, sharded=config.device if config.shard else "")
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
+        self.scalers = {"model": scaler(config)}
         self.team = team
         self.tokens_per_image = system.schedule.length
         self.flop_per_image = flop_per_image(self.module, system.schedule)
 
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
-        return descend(self.module, self.optimizers["model"], self.forward, parts, step, self.config.clip, self.team)
+        optimizer, scaler = self.optimizers["model"], self.scalers["model"]
+        return descend(self.module, optimizer, scaler, self.forward, parts, step, self.config.clip, self.team)
 
     def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log."""

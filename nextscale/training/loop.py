@@ -44,6 +44,10 @@ class Task(Protocol):
     def optimizers(self) -> Mapping[str, Optimizer]: ...
 
     @property
+    def scalers(self) -> Mapping[str, torch.amp.GradScaler]:
+        """Of the optimizers' losses, by the same names."""
+
+    @property
     def tokens_per_image(self) -> int: ...
 
     @property
@@ -119,6 +123,11 @@ def adamw(module: nn.Module, config: TrainConfig, keep: tuple[str, ...] = ()) ->
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
+def scaler(config: TrainConfig) -> torch.amp.GradScaler:
+    """What keeps gradients of float16 from vanishing; in other precisions it does nothing."""
+    return torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "float16")
+
+
 def set_rates(optimizers: Mapping[str, Optimizer], config: TrainConfig, step: int) -> float:
     """Give the optimizers the learning rate and the weight decay of a step; returns the learning rate."""
     lr, decay = learning_rate(config, step), weight_decay(config, step)
@@ -139,6 +148,7 @@ def autocast(config: TrainConfig) -> torch.autocast:
 def descend(
     module: nn.Module,
     optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
     forward: nn.Module,
     parts: Sequence[Any],
     step: int,
@@ -155,12 +165,14 @@ def descend(
     for i, part in enumerate(parts):
         with team.averaging(forward, now=i + 1 == len(parts)):
             loss, metrics = forward(part, step)
-            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            scaler.scale(loss / len(parts) if len(parts) > 1 else loss).backward()
         found.append(metrics)
+    scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
     if norm.isfinite():
-        optimizer.step()
+        scaler.step(optimizer)
+    scaler.update()
     means = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]} if found[1:] else found[0]
     return {**means, "grad_norm": norm}
 
@@ -356,6 +368,7 @@ def _state(task: Task, average: Average | None, config: TrainConfig, step: int) 
         "module": task.module.state_dict(),
         "ema": average.state_dict() if average else None,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in task.optimizers.items()},
+        "scalers": {name: scaler.state_dict() for name, scaler in task.scalers.items()},
     }
 
 
@@ -370,6 +383,7 @@ def _resume(task: Task, average: Average | None, config: TrainConfig, checkpoint
     # What may change between two starts: how it runs and reports, not what it computes.
     free = {
         "accumulate",
+        "compile",
         "peak_tflops",
         "recompute",
         "shard",
@@ -400,10 +414,29 @@ def _resume(task: Task, average: Average | None, config: TrainConfig, checkpoint
             state["ema"]["values"][name] = placed(state["ema"]["values"][name], value)
         load: Callable[..., None] = load_optimizer
     else:
-        task.module.load_state_dict(state["module"])
+        _load_module(task.module, state["module"], checkpoints.folder)
         load = Optimizer.load_state_dict
     if average:
         average.load_state_dict(state["ema"])
     for name, optimizer in task.optimizers.items():
         load(optimizer, state["optimizers"][name])
+        task.scalers[name].load_state_dict(state["scalers"][name])
     return state["step"]
+
+
+def _load_module(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill the module. Raises ValueError, and changes nothing, if the state is of another model or of other code."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = [f"without {name}" for name in missing] + [f"with {name}, which is unknown here" for name in unknown]
+    wrong += [
+        f"with {name} of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(shapes)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"the checkpoints in {folder} are of another model or of other code: {'; '.join(wrong[:5])}{more}; go on with the "
+            "settings and the version that began the run (both are in run.json), or give another --out"
+        )
+    module.load_state_dict(state)

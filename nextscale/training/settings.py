@@ -38,8 +38,13 @@ class TrainConfig(Settings):
     )
     workers: int = Field(0, ge=0, description="processes that load images; 0: the main one")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, mps")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products and convolutions; weights, losses and codes stay float32"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of matrix products and convolutions; weights, losses and codes stay float32. float16 scales the loss",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile: blocks of the generator, encoder and decoder of the tokenizer; needs a C++ compiler",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice")
     peak_tflops: float = Field(

@@ -29,7 +29,7 @@ from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.average import Average
 from nextscale.training.draws import Draws, Part, generator_for
-from nextscale.training.loop import adamw, autocast, descend
+from nextscale.training.loop import adamw, autocast, descend, scaler
 from nextscale.training.settings import TokenizerLoss, TrainConfig
 from nextscale.training.team import Team
 
@@ -74,6 +74,10 @@ class TokenizerTask:
             "tokenizer": adamw(self.tokenizer, config, keep=("codebook",)),
             "discriminator": adamw(self.discriminator, config),
         }
+        self.scalers = {name: scaler(config) for name in self.optimizers}
+        if config.compile:
+            self.tokenizer.encoder.compile()
+            self.tokenizer.decoder.compile()
         self.team = team
         self.tokens_per_image = schedule.length
         self.flop_per_image = flop_per_image(self.tokenizer, schedule, config.device)
@@ -89,8 +93,8 @@ class TokenizerTask:
             self.init_codes(self.first_images().to(self.config.device), generator_for(self.config.seed, step))
         self.lessons: list[Lesson] = []
         self.pairs: list[tuple[Tensor, Tensor, Draws]] = []  # images and what became of them
-        tokenizer, clip = self.optimizers["tokenizer"], self.config.clip
-        metrics = descend(self.tokenizer, tokenizer, self.forward, parts, step, clip, self.team)
+        optimizer, scaler, clip = self.optimizers["tokenizer"], self.scalers["tokenizer"], self.config.clip
+        metrics = descend(self.tokenizer, optimizer, scaler, self.forward, parts, step, clip, self.team)
         if not metrics["grad_norm"].isfinite():  # type: ignore[union-attr]  # the step changes nothing
             return metrics
         if quantize:  # after backward, which still needs the old ones
@@ -99,8 +103,8 @@ class TokenizerTask:
             metrics |= self.count(tokens)
             self.follow(rests)
         if self.adversarial_weight(begun) > 0:
-            optimizer = self.optimizers["discriminator"]
-            found = descend(self.discriminator, optimizer, self.judge, self.pairs, step, clip, self.team)
+            optimizer, scaler = self.optimizers["discriminator"], self.scalers["discriminator"]
+            found = descend(self.discriminator, optimizer, scaler, self.judge, self.pairs, step, clip, self.team)
             metrics |= {f"discriminator/{name}": value for name, value in found.items()}
         if pyramid.codebook is not None and self.due_restart(step, begun, quantize):
             metrics["restarted"] = self.restart(rests, generator_for(self.config.seed, step, "restart"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     a batch that they cannot share."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.shard and config.precision == "float16":
+        raise ValueError("sharded training scales no losses, which float16 needs; use --precision bfloat16")
+    if (
+        config.compile
+        and torch.device(config.device).type == "cpu"
+        and not any(map(shutil.which, ("g++", "clang++", "cl")))
+    ):
+        raise ValueError(
+            "--compile needs a C++ compiler on the CPU (g++ or clang++), and finds none; install one or leave it off"
+        )
     team = Team.of_environment()
     team.pieces(config.batch_size, config.accumulate)
     return team, config.model_copy(update={"device": team.own_device(config.device)})
