@@ -333,7 +333,40 @@ def test_train_then_train_on_it(nextscale, tmp_path):
     result = nextscale("train", "generator", "--out", "g", "--tokenizer", "t", *common, "--views", 1)
     assert result.code == 0 and result.out[-1] == str(Path("g/system")), result.err
     assert ns.load("g/system").classes == ("class 0", "class 1")
+    # Encoded on their own, the seven images that are not held out serve a generator with the same settings, and no other.
+    words = ["--tokenizer", "t", "--data", "data", "--cache", "c", "--augmentation.hue", 0, "--views"]
+    result = nextscale("train", "encode", *words, 2)
+    assert result.code == 0 and result.out[-1] == "14 images as tokens in c", result.err
+    shards = {path: path.stat().st_mtime_ns for path in Path("c").iterdir()}
+    result = nextscale("train", "generator", "--out", "h", "--tokenizer", "t", *common, "--views", 2, "--cache", "c")
+    assert result.code == 0 and {path: path.stat().st_mtime_ns for path in Path("c").iterdir()} == shards
+    assert "encoded with another views" in nextscale("train", "encode", *words, 3).err[-1]
     assert nextscale("curves", "t", "g").code == 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "multipliers", "stride"), [(1, (1, 1, 1), 4), (4, (1, 1, 1, 1), 8), (3, (1,) * 5, 16)]
+)
+def test_train_on_other_channels_and_strides_with_fewer_scales_later(
+    nextscale, tmp_path, channels, multipliers, stride
+):
+    for i in range(6):
+        (tmp_path / "data" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (80, 90), (30 * i, 20, 200, 255 - 20 * i)).save(
+            tmp_path / "data" / f"class {i % 2}" / f"{i}.png"
+        )
+    common = ["--data", "data", "--preset", "tiny", "--steps", 2, "--batch-size", 2, "--augmentation.mirror", 0.5]
+    shape = ["--system.sizes", 1, 2, 3, 4, "--system.autoencoder.image-channels", channels]
+    shape += ["--system.autoencoder.patch", 1, "--system.autoencoder.multipliers", *multipliers]
+    result = nextscale("train", "tokenizer", "--out", "t", *common, *shape)
+    assert result.code == 0, result.err
+    words = ["train", "generator", "--out", "g", "--tokenizer", "t", *common, "--views", 1]
+    assert "must end with that of the feature map, 4" in nextscale(*words, "--sizes", 1, 2, 3).err[-1]
+    assert nextscale(*words, "--sizes", 1, 2, 4).code == 0
+    system = ns.load("g/system")
+    assert system.schedule.sizes == ((1, 1), (2, 2), (4, 4))
+    assert ns.sample(system, [0, 1], seed=0).shape == (2, channels, 4 * stride, 4 * stride)
+    assert nextscale("sample", "--labels", "class 0", "--system", "g/system", "--out", "a.png").code == 0
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])

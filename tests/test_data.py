@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save
 
 from nextscale.data import openmoji as emoji
 from nextscale.data.folder import image_folder
-from nextscale.data.images import image_grid, read_image_file, read_images, save_images, to_uint8
-from nextscale.data.transforms import AugmentSettings, augment
+from nextscale.data.images import image_grid, on_white, read_image_file, read_images, save_images, to_uint8
+from nextscale.data.transforms import PHOTOS, AugmentSettings, augment
 from nextscale.files import atomic_write, cache_dir
 
 OFF = AugmentSettings(mirror=0, shift=0, scale=0, hue=0)
@@ -421,6 +421,50 @@ def test_hue_keeps_greys_and_turns_colours():
     assert turned[:, :, 0, 0].std(0).min() > 0.05
     half = run(colour, settings.model_copy(update={"hue_probability": 0.5}), size=4)
     assert 16 < (half != colour).any(3).any(2).any(1).sum() < 48
+
+
+def test_a_crop_is_a_random_window_of_a_larger_image():
+    places = torch.arange(18 * 18).view(1, 1, 18, 18).float().expand(400, 3, -1, -1) / 400
+    numbers = torch.rand(400, PHOTOS.numbers, generator=torch.Generator().manual_seed(0))
+    allowed = torch.ones(400, dtype=torch.bool)
+    cut = augment(places, 16, allowed, numbers, PHOTOS)
+    assert cut.shape == (400, 3, 16, 16)
+    corners = (cut[:, 0, 0, 0] * 400).round().long()
+    assert set(zip((corners // 18).tolist(), (corners % 18).tolist(), strict=True)) == {
+        (y, x) for y in range(3) for x in range(3)
+    }
+    for window, corner in zip(cut, corners.tolist(), strict=True):
+        y, x = divmod(corner, 18)
+        assert torch.equal(window, places[0, :, y : y + 16, x : x + 16])
+    # Twice the size: the window is cut first, then averaged.
+    twice = augment(places.repeat_interleave(2, 2).repeat_interleave(2, 3), 16, allowed, numbers, PHOTOS)
+    assert twice.shape == cut.shape and (twice - cut).abs().max() < 0.1
+    with pytest.raises(ValueError, match="whole multiple of 18 x 18"):
+        augment(places[:, :, :16, :16], 16, allowed, numbers, PHOTOS)
+
+
+def test_greys_and_opacity_are_read_and_shown(tmp_path):
+    pixels = Image.new("RGBA", (20, 20), (255, 0, 0, 255))
+    pixels.paste((0, 255, 0, 0), (0, 0, 10, 20))  # the left half cannot be seen
+    pixels.save(tmp_path / "a.png")
+    grey, colour, opacity = (image_folder(tmp_path, 20, channels=c).train[0]["image"] for c in (1, 3, 4))
+    assert [len(x) for x in (grey, colour, opacity)] == [1, 3, 4]
+    assert torch.equal(colour[:, 5, 5], torch.ones(3)) and torch.equal(colour[:, 5, 15], torch.tensor([1.0, -1, -1]))
+    assert grey[0, 5, 5] == 1 and -1 < grey[0, 5, 15] < 0  # red is dark
+    assert opacity[3, 5, 5] == -1 and opacity[3, 5, 15] == 1
+    torch.testing.assert_close(on_white(opacity[None])[0], colour)
+    assert torch.equal(on_white(grey[None]), grey.expand(1, 3, 20, 20))
+    for images in (grey, opacity):
+        assert image_grid(images).getpixel((130, 60)) == image_grid(on_white(images[None])).getpixel((130, 60))
+    with pytest.raises(ValueError, match="channels: expected 1"):
+        read_image_file(tmp_path / "a.png", 20, 2)
+
+
+def test_images_smaller_than_asked_are_counted(tmp_path):
+    Image.new("RGB", (30, 10)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 30)).save(tmp_path / "b.png")
+    with pytest.warns(UserWarning, match=r"1 of 2 images .* smaller than 20 pixels \(down to 10\)"):
+        image_folder(tmp_path, 20)
 
 
 def test_augmentation_errors(batch):

@@ -1,6 +1,7 @@
 """`nextscale train tokenizer` and `nextscale train generator`. Imported for that command alone, since it needs torch."""
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +10,13 @@ import tyro
 
 from nextscale.checkpoint import load
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
-from nextscale.data.transforms import AugmentSettings
+from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.system import System, find_recipe
 from nextscale.training.settings import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
-RECIPE = "var"  # unless another is named
+RECIPE, DATA = "var", "openmoji"  # unless others are named
 # Required, but asked for at the door, where a mistake ends in one line.
 OutFolder = Annotated[Path | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(required)")]
 Trained = Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")]
@@ -23,9 +24,9 @@ Trained = Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")]
 
 def main(arguments: Sequence[str]) -> None:
     """Run `nextscale train ...` with the words after `train`."""
-    # The preset is read first: it sets the defaults that --help shows and that further options change.
+    # The preset and the data are read first: they set the defaults that --help shows and that further options change.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--recipe", "--preset"):
+    for option in ("--recipe", "--preset", "--data"):
         early.add_argument(option, nargs="?")  # without a name: tyro says it
     named = early.parse_known_args(arguments)[0]
     recipe = find_recipe(named.recipe or RECIPE)
@@ -39,26 +40,28 @@ def main(arguments: Sequence[str]) -> None:
         )
     preset: Any = presets[name]()
     app = tyro.extras.SubcommandApp()
-    app.command(name="tokenizer")(tokenizer_command(recipe, name, preset))
-    app.command(name="generator")(generator_command(recipe, name, preset))
+    drawings = (named.data or DATA) == DATA
+    app.command(name="tokenizer")(tokenizer_command(recipe, name, preset, drawings))
+    app.command(name="generator")(generator_command(recipe, name, preset, drawings))
+    app.command(name="encode")(encode_command(drawings))
     app.cli(prog="nextscale train", description="Train a tokenizer, then a generator on it.", args=list(arguments))
 
 
-def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., None]:
-    """The command `train tokenizer` with the defaults of a recipe's preset."""
+def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> Callable[..., None]:
+    """The command `train tokenizer` with the defaults of a recipe's preset, for drawings or photographs."""
     config_type = type(defaults)
 
     def command(
         out: OutFolder = None,
-        data: str = "openmoji",
+        data: str = DATA,
         start: str = "",
         losses: str = "",
         recipe: str = RECIPE,
         preset: str = name,
-        oversample: int = 2,
+        oversample: int = 2 if drawings else 1,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
         loss: TokenizerLoss = module.TOKENIZER_LOSS,
-        augmentation: AugmentSettings = AugmentSettings(),
+        augmentation: AugmentSettings = AugmentSettings() if drawings else PHOTOS,
         system: config_type = defaults,  # type: ignore[valid-type]
     ) -> None:
         """Train a multi-scale tokenizer.
@@ -79,7 +82,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
             train: the run
             loss: the losses, and the measures against collapse
-            augmentation: changes to training images
+            augmentation: changes to training images; where --data is not openmoji the defaults are those for photographs: a
+                random window
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
@@ -94,7 +98,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
             built = module.build(system, seed=train.seed, model=False)
-        training, validation = load_data(data, square_side(built), oversample)
+        training, validation = load_data(data, built, oversample, augmentation)
         train_tokenizer(
             built, training.train, train, out=folder, val=validation.val, loss=loss, augmentation=augmentation
         )
@@ -103,22 +107,23 @@ def tokenizer_command(module: Any, name: str, defaults: Any) -> Callable[..., No
     return command
 
 
-def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., None]:
-    """The command `train generator` with the defaults of a recipe's preset."""
+def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> Callable[..., None]:
+    """The command `train generator` with the defaults of a recipe's preset, for drawings or photographs."""
     transformer_type = type(defaults.transformer)
 
     def command(
         out: OutFolder = None,
         tokenizer: Trained = "",
-        data: str = "openmoji",
+        sizes: tuple[int, ...] = (),
+        data: str = DATA,
         recipe: str = RECIPE,
         preset: str = name,
-        oversample: int = 2,
+        oversample: int = 2 if drawings else 1,
         views: int = 8,
         cache: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: OUT/encoded)")] = None,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
         loss: GeneratorLoss = GeneratorLoss(),
-        augmentation: AugmentSettings = AugmentSettings(),
+        augmentation: AugmentSettings = AugmentSettings() if drawings else PHOTOS,
         transformer: transformer_type = defaults.transformer,  # type: ignore[valid-type]
         sampling: SamplingDefaults = defaults.sampling,
     ) -> None:
@@ -132,6 +137,7 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         Args:
             out: folder of the run
             tokenizer: the tokenizer: the folder of its run, or a system
+            sizes: sides of the scales, coarse to fine, where they are others than those that the tokenizer was trained with
             data: openmoji; a folder with one folder of images a class; shards like "photos-{000..012}.tar"; a folder of
                 Hugging Face datasets
             recipe: the method, that of the tokenizer
@@ -141,7 +147,8 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             cache: folder for what was encoded, to share between runs; one of another tokenizer or other data is refused
             train: the run
             loss: the objective
-            augmentation: changes to training images
+            augmentation: changes to training images; where --data is not openmoji the defaults are those for photographs: a
+                random window
             transformer: the shape of the transformer, where it differs from the preset
             sampling: how the system samples by default
         """
@@ -149,11 +156,21 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
         if not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
         base = trained(tokenizer, recipe)
-        training, validation = load_data(data, square_side(base), oversample)
-        changes = {"transformer": transformer, "sampling": sampling}
+        changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
+        if sizes:
+            if getattr(base.tokenizer.pyramid, "std", None) is not None:
+                raise ValueError(
+                    "--sizes: this tokenizer standardizes the residuals of each of its own scales, so it has no others; train "
+                    "it with --system.pyramid.no-standardize"
+                )
+            last = base.schedule[-1]
+            if last != (sizes[-1], sizes[-1]):
+                raise ValueError(f"--sizes must end with that of the feature map, {last[0]}, got {sizes[-1]}")
+            changes["sizes"] = sizes
+        training, validation = load_data(data, base, oversample, augmentation)
         if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
             changes |= {"classes": training.classes, "num_classes": len(training.classes)}
-        system = module.build(base.config.model_copy(update=changes), seed=train.seed)
+        system = module.build(type(base.config).model_validate(base.config.model_dump() | changes), seed=train.seed)
         system.tokenizer = base.tokenizer
         train_model(
             system,
@@ -167,6 +184,67 @@ def generator_command(module: Any, name: str, defaults: Any) -> Callable[..., No
             cache=cache,
         )
         print(folder / "system")
+
+    return command
+
+
+def encode_command(drawings: bool) -> Callable[..., None]:
+    """The command `train encode`, for drawings or photographs."""
+
+    def command(
+        tokenizer: Trained = "",
+        cache: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None,
+        data: str = DATA,
+        recipe: str = RECIPE,
+        oversample: int = 2 if drawings else 1,
+        views: int = 8,
+        seed: int = 0,
+        device: str = "cpu",
+        augmentation: AugmentSettings = AugmentSettings() if drawings else PHOTOS,
+    ) -> None:
+        """Encode images for generators to come, which take them with the same --cache.
+
+        Example: torchrun --nproc-per-node 8 -m nextscale train encode --tokenizer runs/tokenizer --cache cache --views 10
+
+        A generator does this itself before it trains; on its own it can run elsewhere, or once for several generators. What is
+        there is not encoded again.
+
+        Args:
+            tokenizer: the tokenizer: the folder of its run, or a system
+            cache: folder for what is encoded; one of another tokenizer or other data is refused
+            data: as for train generator
+            recipe: the method, that of the tokenizer
+            oversample: as for train generator
+            views: augmented versions of each image
+            seed: of the augmentation, that of the generator's training
+            device: cpu, cuda, cuda:1, mps
+            augmentation: as for train generator
+        """
+        from nextscale.training.encoded import encode_images
+        from nextscale.training.team import Team
+
+        at_least_one(oversample=oversample, views=views)
+        if not tokenizer or cache is None:
+            raise ValueError("train encode needs --tokenizer, the folder of a tokenizer's run or a system, and --cache")
+        check_writable(cache / "index.json")
+        check_device(device)
+        team = Team.of_environment()
+        system = trained(tokenizer, recipe).to(team.own_device(device))
+        training = load_data(data, system, oversample, augmentation)[0].train
+        kind = system.objective.cached
+        encoded = encode_images(
+            system,
+            training,
+            cache,
+            kind=kind,
+            views=views,
+            augmentation=augmentation,
+            seed=seed,
+            strict=True,
+            team=team,
+        )
+        if team.leads:
+            print(f"{len(encoded)} images as {kind} in {cache}")
 
     return command
 
@@ -190,30 +268,28 @@ def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> 
     return out
 
 
-def load_data(data: str, size: int, oversample: int) -> tuple[Any, Any]:
-    """Training images at `oversample` times the size, and validation images at the size."""
-    if data == "openmoji":
+def load_data(data: str, system: System, oversample: int, augmentation: AugmentSettings) -> tuple[Any, Any]:
+    """Images for a system: for training at `oversample` times the size that augmentation wants, for validation at the
+    system's."""
+    size, channels = system.image_size, system.tokenizer.encoder.image_channels
+    height, width = augmentation.read_size(size)
+    larger = height * oversample, width * oversample
+    if data == DATA:
         from nextscale.data.openmoji import openmoji
 
-        return openmoji(size * oversample), openmoji(size)
+        if size[0] != size[1] or channels != 3:
+            raise ValueError(
+                f"openmoji is square and in colour, got a system of {size} and {channels} channels; give --data"
+            )
+        return openmoji(larger[0]), openmoji(size[0])
     if data.endswith(".tar"):
-        from nextscale.data.shards import web_shards
-
-        return web_shards(data, size * oversample, validation=0.1), web_shards(data, size, validation=0.1)
-    if (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
-        from nextscale.data.hub import hub_images
-
-        return hub_images(data, size * oversample, validation=0.1), hub_images(data, size, validation=0.1)
-    from nextscale.data.folder import image_folder
-
-    return image_folder(data, size * oversample, validation=0.1), image_folder(data, size, validation=0.1)
-
-
-def square_side(system: System) -> int:
-    """The side in pixels of the system's images; the command line reads square images only."""
-    height, width = system.image_size
-    if height != width:
-        raise ValueError(
-            f"the command line trains on square images, got a schedule for {height}x{width} pixels; use the Python API"
-        )
-    return height
+        from nextscale.data.shards import web_shards as read
+    elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
+        from nextscale.data.hub import hub_images as read  # type: ignore[assignment]
+    else:
+        from nextscale.data.folder import image_folder as read  # type: ignore[assignment]
+    options: dict[str, Any] = {"channels": channels, "validation": 0.1}
+    with warnings.catch_warnings():
+        training = read(data, larger, **options)
+        warnings.simplefilter("ignore")  # what there is to say has been said
+        return training, read(data, size, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,19 +21,18 @@ from nextscale.data.openmoji import split_position
 class FolderDataset(Dataset[dict[str, Any]]):
     """Image files, decoded when asked for.
 
-    An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption` (the
-    file's name without its ending), `path`. Attributes: `paths`, `numbers` (class numbers), `classes`, `size` (H, W),
-    `mirror_ok` bool [N], all True (folders of digits or letters should be trained with mirroring off).
+    An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption` (the
+    file's name without its ending), `path`, `mirror_ok` True (folders of digits or letters should be trained with
+    mirroring off). Attributes: `paths`, `numbers` (class numbers), `classes`, `size` (H, W), `channels`.
     """
 
-    def __init__(self, paths: list[Path], numbers: list[int], classes: tuple[str, ...], size: Size):
+    def __init__(self, paths: list[Path], numbers: list[int], classes: tuple[str, ...], size: Size, channels: int = 3):
         if len(paths) != len(numbers):
             raise ValueError(f"expected one class number for each file, got {len(paths)} files, {len(numbers)} numbers")
         self.paths = paths
         self.numbers = numbers
         self.classes = classes
-        self.size = height_width(size)
-        self.mirror_ok = torch.ones(len(paths), dtype=torch.bool)  # [N]
+        self.size, self.channels = height_width(size), channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -42,19 +42,21 @@ class FolderDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         path, label = self.paths[index], self.numbers[index]
         return {
-            "image": to_float(read_image_file(path, self.size)),
+            "image": to_float(read_image_file(path, self.size, self.channels)),
             "label": label,
             "labels": (label,),
             "caption": path.stem,
             "path": str(path),
+            "mirror_ok": True,
         }
 
     @cached_property
     def images(self) -> Tensor:
-        """All images as uint8 [N, 3, H, W], read on first use and kept: 12 kB for each image of 64 x 64."""
-        images = torch.empty(len(self), 3, *self.size, dtype=torch.uint8)
+        """All images as uint8 [N, C, H, W], read on first use and kept: 12 kB for each colour image of 64 x 64."""
+        images = torch.empty(len(self), self.channels, *self.size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for i, image in enumerate(pool.map(lambda path: read_image_file(path, self.size), self.paths)):
+            reading = pool.map(lambda path: read_image_file(path, self.size, self.channels), self.paths)
+            for i, image in enumerate(reading):
                 images[i] = image
         return images
 
@@ -73,6 +75,7 @@ def image_folder(
     path: str | os.PathLike[str],
     size: Size = 64,
     *,
+    channels: int = 3,
     broken: Literal["skip", "refuse"] = "skip",
     validation: float = 0.0,
     progress: bool = True,
@@ -81,8 +84,9 @@ def image_folder(
 
     The class of an image is the subfolder of `path` that it is in, at any depth; a folder that holds images and no
     subfolders with images is one class with the folder's name. Hidden files are left out.
-    `broken`: "skip" leaves damaged files out with a warning, "refuse" raises ValueError with their names.
-    `validation`: share held out, in [0, 1), by content, so that copies of a file are never on both sides.
+    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. Images that are smaller than `size` are
+    enlarged, with a warning. `broken`: "skip" leaves damaged files out with a warning, "refuse" raises ValueError with
+    their names. `validation`: share held out, in [0, 1), by content, so that copies of a file are never on both sides.
     Raises FileNotFoundError if there is no such folder, ValueError if it has no readable image.
     """
     root = Path(path)
@@ -97,8 +101,8 @@ def image_folder(
         raise ValueError(f"expected a folder of images, got the file {root}; for single files use read_images")
 
     found, classes = _find(root)
-    reasons = _check([file for file, _ in found], progress)
-    bad = {file: reason for (file, _), reason in zip(found, reasons, strict=True) if reason}
+    checks = _check([file for file, _ in found], progress)
+    bad = {file: answer for (file, _), answer in zip(found, checks, strict=True) if isinstance(answer, str)}
     if bad:
         shown = "".join(f"\n  {reason}" for reason in list(bad.values())[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -109,6 +113,13 @@ def image_folder(
     kept = [(file, number) for file, number in found if file not in bad]
     if not kept:
         raise ValueError(f"{root}: expected images, but none of its {len(found)} image files can be read; replace them")
+    small = [side for side in checks if isinstance(side, int) and side < max(height_width(size))]
+    if small:
+        warnings.warn(
+            f"{len(small)} of {len(kept)} images in {root} are smaller than {max(height_width(size))} pixels (down to "
+            f"{min(small)}) and are enlarged, so they are blurred; take larger ones, or train at a smaller size",
+            stacklevel=2,
+        )
     empty = sorted(set(range(len(classes))) - {number for _, number in kept})
     if empty:
         names = ", ".join(classes[number] for number in empty[:10])
@@ -124,6 +135,7 @@ def image_folder(
             [number for (_, number), held in zip(kept, held_out, strict=True) if held == side],
             classes,
             size,
+            channels,
         )
         for side in (False, True)
     )
@@ -167,25 +179,26 @@ def _find(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     )
 
 
-def _check(files: list[Path], progress: bool) -> list[str | None]:
-    """What is wrong with each file, None if it decodes. The reader is the one that `__getitem__` uses."""
+def _check(files: list[Path], progress: bool) -> list[str | int]:
+    """What is wrong with each file, or its shorter side if it decodes. The reader is the one that `__getitem__` uses."""
     from tqdm import tqdm
 
-    def reason(file: Path) -> str | None:
+    def check(file: Path) -> str | int:
         try:
             read_image_file(file, 8)
+            with Image.open(file) as image:
+                return min(image.size)
         except (ValueError, OSError) as error:
             return str(error)
-        return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bar = tqdm(total=len(files), desc="checking images", delay=2, disable=not progress)
         with bar:
-            reasons = []
-            for answer in pool.map(reason, files):
-                reasons.append(answer)
+            answers = []
+            for answer in pool.map(check, files):
+                answers.append(answer)
                 bar.update()
-    return reasons
+    return answers
 
 
 def _position(file: Path) -> float:

@@ -15,11 +15,14 @@ from nextscale.data.images import Size, decode_image, height_width, to_float
 class HubDataset(Dataset[dict[str, Any]]):
     """Rows of a `datasets.Dataset`, decoded when asked for.
 
-    An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`.
+    An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`,
+    `mirror_ok` True.
     """
 
-    def __init__(self, rows: Any, size: Size, image: str, label: str | None, caption: str | None) -> None:
-        self.rows, self.size = rows, height_width(size)
+    def __init__(
+        self, rows: Any, size: Size, image: str, label: str | None, caption: str | None, channels: int = 3
+    ) -> None:
+        self.rows, self.size, self.channels = rows, height_width(size), channels
         self.image, self.label, self.caption = image, label, caption
 
     def __len__(self) -> int:
@@ -29,10 +32,11 @@ class HubDataset(Dataset[dict[str, Any]]):
         row = self.rows[int(index)]
         label = 0 if self.label is None else int(row[self.label])
         return {
-            "image": to_float(decode_image(row[self.image], self.size, f"row {index}")),
+            "image": to_float(decode_image(row[self.image], self.size, f"row {index}", self.channels)),
             "label": label,
             "labels": (label,),
             "caption": "" if self.caption is None else str(row[self.caption]),
+            "mirror_ok": True,
         }
 
 
@@ -53,6 +57,7 @@ def hub_images(
     image: str = "image",
     label: str | None = "label",
     caption: str | None = None,
+    channels: int = 3,
     validation: float = 0.0,
     seed: int = 0,
 ) -> HubImages:
@@ -61,6 +66,7 @@ def hub_images(
     Args:
         source: a `datasets.Dataset`, a `DatasetDict` with `train` (and `validation` or `test`), or the path of a folder.
         size: side of a square, or (height, width); short sides are resized, centres cropped.
+        channels: 3, colours on white; 1, greys on white; 4, colours and opacity.
         image, label, caption: names of the columns; `label=None`: one class.
         validation: share held out at random where the source has no split of its own.
 
@@ -97,5 +103,5 @@ def hub_images(
     if names is None:
         count = 1 if label is None else 1 + max(source[label])
         names = [str(i) for i in range(count)]
-    train, val = (HubDataset(rows, size, image, label, caption) for rows in (source, held_out))
+    train, val = (HubDataset(rows, size, image, label, caption, channels) for rows in (source, held_out))
     return HubImages(train, val, tuple(names), size)

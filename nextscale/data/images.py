@@ -15,6 +15,7 @@ from nextscale.files import atomic_write
 
 Size = int | tuple[int, int]
 PathLike = str | os.PathLike[str]
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -25,11 +26,12 @@ def height_width(size: Size) -> tuple[int, int]:
     return pair
 
 
-def read_image_file(path: PathLike, size: Size) -> Tensor:
-    """One image file as uint8 [3, h, w]: turned upright (EXIF), on white, short side resized (Lanczos), centre-cropped.
+def read_image_file(path: PathLike, size: Size, channels: int = 3) -> Tensor:
+    """One image file as uint8 [C, h, w]: turned upright (EXIF), short side resized (Lanczos), centre-cropped.
 
-    Any format that Pillow reads; of an animation the first frame. Raises FileNotFoundError, PermissionError, and
-    ValueError for a file that is no image, is damaged, or is larger than Pillow's decompression-bomb limit.
+    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. Any format that Pillow reads; of an animation
+    the first frame. Raises FileNotFoundError, PermissionError, and ValueError for a file that is no image, is damaged, or is
+    larger than Pillow's decompression-bomb limit.
     """
     path = Path(path)
     if not path.exists():
@@ -37,19 +39,21 @@ def read_image_file(path: PathLike, size: Size) -> Tensor:
     if not path.is_file():
         raise ValueError(f"expected an image file, got {path}, which is a folder or a device; name the files in it")
     try:
-        return decode_image(path, size, str(path))
+        return decode_image(path, size, str(path), channels)
     except PermissionError as error:
         raise PermissionError(error.errno, f"cannot read {path}: no permission; check its mode", str(path)) from error
 
 
-def decode_image(source: Any, size: Size, name: str) -> Tensor:
+def decode_image(source: Any, size: Size, name: str, channels: int = 3) -> Tensor:
     """As `read_image_file`, of a path, an open file or a Pillow image; `name` says in errors what it is."""
     height, width = height_width(size)
+    if channels not in MODES:
+        raise ValueError(f"channels: expected 1 (grey), 3 (colour) or 4 (with opacity), got {channels!r}")
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
-            upright = ImageOps.exif_transpose(_on_white(image))
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
-            return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()  # [3, h, w]
+            upright = ImageOps.exif_transpose(_with_opacity(image) if channels == 4 else _on_white(image))
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS).convert(MODES[channels])
+            return torch.from_numpy(np.array(fitted)).view(height, width, -1).permute(2, 0, 1).contiguous()  # [C, h, w]
     except PermissionError:
         raise
     # Pillow's readers answer damaged data with whatever their parsing meets (OSError, SyntaxError, struct.error, ...).
@@ -76,6 +80,14 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
+def on_white(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] in [-1, 1] with 1, 3 or 4 channels in colour, [B, 3, H, W]: greys repeated, opacity over white."""
+    if images.shape[1] == 4:
+        opacity = (images[:, 3:] + 1) / 2
+        return (images[:, :3] - 1) * opacity + 1
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Floats in [-1, 1] to uint8 of the same shape, clamped and rounded; uint8 passes. Raises ValueError for NaN."""
     if images.dtype == torch.uint8:
@@ -98,18 +110,20 @@ def image_grid(
 ) -> Image.Image:
     """Images in rows, as a Pillow image on white.
 
-    `images`: [B, 3, H, W] or [3, H, W], float in [-1, 1] or uint8. `labels`: one string for each image, written under
-    it. `scale`: whole number by which pixels are repeated; by default images are shown at 128 px at least.
+    `images`: [B, C, H, W] or [C, H, W] with 1, 3 or 4 channels, float in [-1, 1] or uint8. `labels`: one string for each
+    image, written under it. `scale`: whole number by which pixels are repeated; by default images are shown at 128 px at
+    least.
     """
     batch = images[None] if images.ndim == 3 else images
-    if batch.ndim != 4 or batch.shape[1] != 3 or 0 in batch.shape:
-        raise ValueError(f"expected images [B, 3, H, W] or [3, H, W], got {list(images.shape)}")
+    if batch.ndim != 4 or batch.shape[1] not in MODES or 0 in batch.shape:
+        raise ValueError(f"expected images [B, C, H, W] or [C, H, W] of 1, 3 or 4 channels, got {list(images.shape)}")
     if labels is not None and (isinstance(labels, str) or len(labels) != len(batch)):
         raise ValueError(f"expected one label for each of {len(batch)} images, got {labels!r}")
     for name, number in (("columns", columns), ("scale", scale)):
         if number is not None and number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
-    pixels = to_uint8(batch).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+    colours = batch if batch.shape[1] == 3 else on_white(to_float(batch))
+    pixels = to_uint8(colours).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     count, height, width, _ = pixels.shape
     scale = scale or max(1, math.ceil(128 / min(height, width)))
     columns = min(count, columns or math.ceil(math.sqrt(count)))
@@ -174,6 +188,13 @@ def readable_extensions() -> frozenset[str]:
 def writable_extensions() -> dict[str, str]:
     """Extension (".png") to the name of its format, for those that Pillow writes here."""
     return {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
+
+
+def _with_opacity(image: Image.Image) -> Image.Image:
+    """RGBA; what says nothing of its opacity is opaque. Keeps the EXIF data."""
+    result = image.convert("RGBA") if image.has_transparency_data else _on_white(image).convert("RGBA")
+    result.getexif().update(image.getexif())
+    return result
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -38,11 +38,14 @@ class Place(NamedTuple):
 class ShardDataset(Dataset[dict[str, Any]]):
     """Images in tar files, decoded when asked for.
 
-    An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`, `name`.
+    An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`, `name`,
+    `mirror_ok` True.
     """
 
-    def __init__(self, paths: list[Path], places: list[Place], classes: tuple[str, ...], size: Size) -> None:
-        self.paths, self.places, self.classes = paths, places, classes
+    def __init__(
+        self, paths: list[Path], places: list[Place], classes: tuple[str, ...], size: Size, channels: int = 3
+    ) -> None:
+        self.paths, self.places, self.classes, self.channels = paths, places, classes, channels
         self.size = height_width(size)
         self._files: dict[tuple[int, int], Any] = {}  # open shards, by process and number
 
@@ -60,11 +63,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
         file.seek(place.start)
         source = f"{place.name} in {self.paths[place.shard]}"
         return {
-            "image": to_float(decode_image(io.BytesIO(file.read(place.length)), self.size, source)),
+            "image": to_float(decode_image(io.BytesIO(file.read(place.length)), self.size, source, self.channels)),
             "label": place.label,
             "labels": (place.label,),
             "caption": place.caption,
             "name": place.name,
+            "mirror_ok": True,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ def web_shards(
     pattern: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     size: Size = 64,
     *,
+    channels: int = 3,
     validation: float = 0.0,
     progress: bool = True,
 ) -> Shards:
@@ -100,6 +105,7 @@ def web_shards(
     Args:
         pattern: paths of tar files, or one with `{000..012}` or `*`; an uncompressed .tar each.
         size: side of a square, or (height, width); short sides are resized, centres cropped.
+        channels: 3, colours on white; 1, greys on white; 4, colours and opacity.
         validation: share held out, in [0, 1), by name.
 
     The label of an image is its `.cls` (a whole number) or `label` in its `.json` (a number or a name), its caption its `.txt`
@@ -134,7 +140,7 @@ def web_shards(
     parts = [[p for p, held in zip(places, held_out, strict=True) if held == side] for side in (False, True)]
     if not parts[0]:
         raise ValueError(f"validation={validation} holds out all {len(places)} images; add images or lower the share")
-    train, val = (ShardDataset(paths, part, classes, size) for part in parts)
+    train, val = (ShardDataset(paths, part, classes, size, channels) for part in parts)
     return Shards(train, val, classes, size)
 
 

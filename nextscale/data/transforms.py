@@ -22,21 +22,38 @@ class AugmentSettings(Settings):
     scale: float = Field(0.1, ge=0, le=0.9, description="the drawing is scaled by 1 - scale to 1 + scale")
     hue: float = Field(0.5, ge=0, le=0.5, description="largest turn of the colour circle, in turns: 0.5 is any hue")
     hue_probability: float = Field(0.5, ge=0, le=1, description="share of the images whose hue is turned")
+    crop: float = Field(
+        1.0, ge=1, le=2, description="images are read this many times larger, and a random window is cut out of each"
+    )
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers that each image needs; the same for all strengths, so that one does not change another's draws."""
+        return 8 if self.crop > 1 else 6
+
+    def read_size(self, size: Size) -> tuple[int, int]:
+        """Height and width at which images are read, or a whole multiple of them, to come out in `size`."""
+        height, width = height_width(size)
+        return round(height * self.crop), round(width * self.crop)
 
 
-# Numbers that each image needs, whatever the settings, so that one strength does not change the draws of another.
-NUMBERS = 6
+# VAR's for photographs: read 1.125 times larger (by the short side, the centre square), cut a random window; mirroring is
+# optional there, and off. VAR cuts from the whole image, not from its centre square.
+PHOTOS = AugmentSettings(mirror=0.0, shift=0.0, scale=0.0, hue=0.0, crop=1.125)
 
 
 def augment(images: Tensor, size: Size, mirror_ok: Tensor, numbers: Tensor, settings: AugmentSettings) -> Tensor:
-    """Mirror, scale, shift and recolour each image on its own, then average down to `size`.
+    """Crop, mirror, scale, shift and recolour each image on its own, then average down to `size`.
 
-    `images`: float [B, 3, H, W] in [-1, 1] on white, H and W the same whole multiple of `size`: pictures at twice the
-    size keep their edges crisp. `mirror_ok`: bool [B]. `numbers`: uniform in [0, 1), [B, NUMBERS]. Returns
-    [B, 3, h, w]. All strengths zero: the average alone.
+    `images`: float [B, C, H, W] in [-1, 1] on white, H and W the same whole multiple of `settings.read_size(size)`: pictures
+    at twice the size keep their edges crisp. `mirror_ok`: bool [B]. `numbers`: uniform in [0, 1), [B, settings.numbers].
+    Returns [B, C, h, w]. All strengths zero: the average alone.
     """
-    factor = _check(images, size, mirror_ok)
-    flip, zoom, *shift, turned, turn = numbers.to(images.device).unbind(1)  # [B] each
+    factor = _check(images, settings.read_size(size), mirror_ok)
+    flip, zoom, *shift, turned, turn = numbers[:, :6].to(images.device).unbind(1)  # [B] each
+    if settings.crop > 1:
+        height, width = (factor * side for side in height_width(size))
+        images = _cut(images, (height, width), numbers[:, 6:])
 
     mirrored = (flip < settings.mirror) & mirror_ok.to(images.device)
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -44,10 +61,19 @@ def augment(images: Tensor, size: Size, mirror_ok: Tensor, numbers: Tensor, sett
         zoom = 1 + settings.scale * (2 * zoom - 1)
         offset = settings.shift * (2 * torch.stack(shift, 1) - 1)  # [B, 2] fractions of width and height
         images = _move(images, zoom, offset)
-    if settings.hue:
+    if settings.hue and images.shape[1] == 3:
         angle = 2 * math.pi * settings.hue * (2 * turn - 1)
         images = _turn_hue(images, torch.where(turned < settings.hue_probability, angle, torch.zeros_like(angle)))
     return avg_pool2d(images, factor) if factor > 1 else images
+
+
+def _cut(images: Tensor, size: tuple[int, int], numbers: Tensor) -> Tensor:
+    """A window of `size` out of each image, at a place that two numbers in [0, 1) choose (y, x)."""
+    room = torch.tensor(images.shape[2:]) - torch.tensor(size)
+    corners = (numbers.cpu() * (room + 1)).long().tolist()
+    return torch.stack(
+        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(images, corners, strict=True)]
+    )
 
 
 def _move(images: Tensor, zoom: Tensor, offset: Tensor) -> Tensor:
@@ -79,8 +105,8 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
 
 def _check(images: Tensor, size: Size, mirror_ok: Tensor) -> int:
     height, width = height_width(size)
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"expected float images [B, 3, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"expected float images [B, C, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")
     factor = images.shape[2] // height
     if factor < 1 or images.shape[2:] != (factor * height, factor * width):
         raise ValueError(

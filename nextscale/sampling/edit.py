@@ -255,10 +255,11 @@ def _prepare(
     """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
     system.need_model()
     height, width = system.image_size
-    if x.ndim != 4 or tuple(x.shape[1:]) != (3, height, width) or not x.is_floating_point():
+    channels = system.tokenizer.encoder.image_channels
+    if x.ndim != 4 or tuple(x.shape[1:]) != (channels, height, width) or not x.is_floating_point():
         raise ValueError(
-            f"expected float images [B, 3, {height}, {width}] in [-1, 1], got {x.dtype} {list(x.shape)}; read them with "
-            f"`ns.read_images(paths, size=({height}, {width}))`"
+            f"expected float images [B, {channels}, {height}, {width}] in [-1, 1], got {x.dtype} {list(x.shape)}; read them "
+            f"with `ns.read_images(paths, size=({height}, {width}))`"
         )
     rows = _one_each(labels, len(x))
     if system.reader is None:

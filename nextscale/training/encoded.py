@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from nextscale.data.transforms import NUMBERS, AugmentSettings, augment
+from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.files import atomic_write
 from nextscale.system import System
 from nextscale.training.draws import Draws, generator_for
@@ -115,13 +115,14 @@ def encode_images(
     """
     count = len(data)  # type: ignore[arg-type]
     field = "label" if system.reader is None else system.reader.field
+    settings = augmentation or AugmentSettings()
     pieces = [(view, first) for view in range(views) for first in range(0, count, SHARD)]
 
     def encode(view: int, first: int, bar: Any) -> dict[str, Any]:
         rows = range(first, min(first + SHARD, count))
         loader = DataLoader(Subset(data, rows), batch_size=batch_size, collate_fn=collate)
         parts, values = [], []
-        numbers = Draws(generator_for(seed, view, "augment"), count, slice(first, rows.stop)).rand(NUMBERS)
+        numbers = Draws(generator_for(seed, view, "augment"), count, slice(first, rows.stop)).rand(settings.numbers)
         for batch, drawn in zip(loader, numbers.split(batch_size), strict=True):
             images = batch["image"]
             if augmentation is not None:

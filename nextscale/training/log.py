@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.data.images import save_images, to_uint8
+from nextscale.data.images import on_white, save_images, to_uint8
 from nextscale.files import atomic_write
 
 
@@ -86,7 +86,7 @@ class RunLog:
                 import wandb
 
                 self._wandb.log({"step": step, name: wandb.Image(str(path))})
-            self._board.add_images(name, to_uint8(images), step)
+            self._board.add_images(name, to_uint8(on_white(images)), step)
 
     def close(self) -> None:
         if self.silent:

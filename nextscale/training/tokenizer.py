@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.data.images import on_white
 from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.dino import DinoDiscriminator
@@ -134,7 +135,7 @@ class TokenizerTask:
         total = self.loss.l1 * l1 + self.loss.l2 * l2
         metrics |= {"l1": l1.detach(), "l2": l2.detach(), "codebook": codebook_loss.detach()}
         if self.perceptual and begun >= self.loss.perceptual_start:
-            perceptual = self.perceptual(recon, images).mean()
+            perceptual = self.perceptual(on_white(recon), on_white(images)).mean()
             total = total + self.loss.perceptual * perceptual
             metrics[self.perceptual.name] = perceptual.detach()
         adversarial = self.adversarial_weight(begun)
@@ -383,6 +384,8 @@ def build_discriminator(loss: TokenizerLoss, image_channels: int) -> nn.Module:
             "the DINO discriminator needs --loss.dino-weights: the file dino_deitsmall16_pretrain.pth, which is not "
             "downloaded; or use --loss.discriminator patch"
         )
+    if image_channels != 3:
+        raise ValueError(f"the DINO discriminator looks at colour images, got {image_channels} channels; use patch")
     return DinoDiscriminator(loss.dino_weights)
 
 

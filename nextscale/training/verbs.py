@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
-from nextscale.data.transforms import NUMBERS, AugmentSettings, augment
+from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.system import System, find_recipe
 from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
@@ -37,7 +37,7 @@ def train_tokenizer(
 
     Args:
         data: items are dicts with `image` [3, H, W] in [-1, 1] of the system's size, or of a whole multiple of it with
-            `augmentation`.
+            `augmentation` (and `augmentation.crop` times larger).
         val: items with `image` of the system's size; judged every `validate_every` steps.
         out: folder of the run; `out/system` holds the result, which `ns.load` reads.
 
@@ -158,7 +158,7 @@ def _transform(system: System, augmentation: AugmentSettings | None) -> Any:
         return None
 
     def transform(batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
-        numbers = draws.rand(NUMBERS)
+        numbers = draws.rand(augmentation.numbers)
         images = augment(batch["image"], system.image_size, batch["mirror_ok"], numbers, augmentation)
         return batch | {"image": images}
 
