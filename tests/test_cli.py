@@ -341,6 +341,18 @@ def test_train_then_train_on_it(nextscale, tmp_path):
     result = nextscale("train", "generator", "--out", "h", "--tokenizer", "t", *common, "--views", 2, "--cache", "c")
     assert result.code == 0 and {path: path.stat().st_mtime_ns for path in Path("c").iterdir()} == shards
     assert "encoded with another views" in nextscale("train", "encode", *words, 3).err[-1]
+    # A trained generator goes on with images of a class that it has and of one that it has not.
+    for folder in ("class 1", "robots"):
+        (tmp_path / "more" / folder).mkdir(parents=True)
+        Image.new("RGB", (90, 90), "red").save(tmp_path / "more" / folder / "a.png")
+    words = ["train", "generator", "--out", "n", "--start", "g", *common[2:], "--data", "more", "--views", 1]
+    result = nextscale(*words)
+    assert result.code == 0 and ns.load("n/system").classes == ("class 0", "class 1", "robots"), result.err
+    assert "leave out --tokenizer" in nextscale(*words, "--tokenizer", "t").err[-1]
+    assert "leave out" in nextscale(*words, "--transformer.depth", 3).err[-1]
+    assert (
+        "--lora needs --start" in nextscale("train", "generator", "--out", "m", "--tokenizer", "t", "--lora", 2).err[-1]
+    )
     assert nextscale("curves", "t", "g").code == 0
 
 

@@ -13,6 +13,7 @@ from nextscale.cli.options import Flat, at_least_one, check_device, check_writab
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.system import System, find_recipe
+from nextscale.training.finetune import Relabelled, with_classes
 from nextscale.training.settings import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
@@ -115,6 +116,8 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         out: OutFolder = None,
         tokenizer: Trained = "",
         sizes: tuple[int, ...] = (),
+        start: str = "",
+        lora: int = 0,
         data: str = DATA,
         recipe: str = RECIPE,
         preset: str = name,
@@ -138,6 +141,9 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             out: folder of the run
             tokenizer: the tokenizer: the folder of its run, or a system
             sizes: sides of the scales, coarse to fine, where they are others than those that the tokenizer was trained with
+            start: a trained system to go on from, with its tokenizer and its shape; classes of the data that it does not have
+                are added to its own
+            lora: train adapters of this rank instead of all weights (with --start; extra nextscale[lora]); 8 is a good start
             data: openmoji; a folder with one folder of images a class; shards like "photos-{000..012}.tar"; a folder of
                 Hugging Face datasets
             recipe: the method, that of the tokenizer
@@ -153,34 +159,42 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             sampling: how the system samples by default
         """
         folder = checked("generator", out, train, oversample=oversample, views=views)
-        if not tokenizer:
+        if start and (tokenizer or sizes or transformer != defaults.transformer or sampling != defaults.sampling):
+            raise ValueError(
+                "--start has its own tokenizer, scales, transformer and sampling; leave out --tokenizer, --sizes, "
+                "--transformer.* and --sampling.*"
+            )
+        if lora < 0 or (lora and not start):
+            raise ValueError(f"--lora needs --start, a trained system, and a rank of at least 1, got {lora}")
+        if not start and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
-        base = trained(tokenizer, recipe)
-        changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
-        if sizes:
-            if getattr(base.tokenizer.pyramid, "std", None) is not None:
-                raise ValueError(
-                    "--sizes: this tokenizer standardizes the residuals of each of its own scales, so it has no others; train "
-                    "it with --system.pyramid.no-standardize"
-                )
-            last = base.schedule[-1]
-            if last != (sizes[-1], sizes[-1]):
-                raise ValueError(f"--sizes must end with that of the feature map, {last[0]}, got {sizes[-1]}")
-            changes["sizes"] = sizes
+        base = trained(start or tokenizer, recipe)
         training, validation = load_data(data, base, oversample, augmentation)
-        if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
-            changes |= {"classes": training.classes, "num_classes": len(training.classes)}
-        system = module.build(type(base.config).model_validate(base.config.model_dump() | changes), seed=train.seed)
-        system.tokenizer = base.tokenizer
+        items, held_out = training.train, validation.val
+        if start:
+            system = base
+            if system.reader is None:
+                system = with_classes(base, training.classes)
+                numbers = [system.classes.index(name) for name in training.classes]
+                items, held_out = Relabelled(items, numbers), Relabelled(held_out, numbers)
+        else:
+            changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
+            changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
+            if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
+                changes |= {"classes": training.classes, "num_classes": len(training.classes)}
+            config = type(base.config).model_validate(base.config.model_dump() | changes)
+            system = module.build(config, seed=train.seed)
+            system.tokenizer = base.tokenizer
         train_model(
             system,
-            training.train,
+            items,
             train,
             out=folder,
-            val=validation.val,
+            val=held_out if len(held_out) else None,
             loss=loss,
             augmentation=augmentation,
             views=views,
+            lora=lora,
             cache=cache,
         )
         print(folder / "system")
@@ -247,6 +261,19 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             print(f"{len(encoded)} images as {kind} in {cache}")
 
     return command
+
+
+def checked_sizes(base: System, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Other scales than those that a tokenizer was trained with, if it can have them."""
+    if getattr(base.tokenizer.pyramid, "std", None) is not None:
+        raise ValueError(
+            "--sizes: this tokenizer standardizes the residuals of each of its own scales, so it has no others; train it with "
+            "--system.pyramid.no-standardize"
+        )
+    last = base.schedule[-1]
+    if last != (sizes[-1], sizes[-1]):
+        raise ValueError(f"--sizes must end with that of the feature map, {last[0]}, got {sizes[-1]}")
+    return sizes
 
 
 def trained(name: str, recipe: str) -> System:

@@ -84,6 +84,16 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     return torch.bmm(weights, v).unflatten(0, rows)
 
 
+class Projection(nn.Linear):
+    """A linear layer whose bias comes with its input. It is called, not taken apart, so that adapters find it."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__(dim, out, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     """VAR's attention: fused projection, biases on q and v only, unit-norm q and k with a learned scale a head.
 
@@ -93,7 +103,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, unit_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Projection(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if unit_norm else None
@@ -102,7 +112,7 @@ class SelfAttention(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of inputs [B, l, D], [B, l, 3 D]."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x, bias)
 
     def forward(self, qkv: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
         """What the tokens tell each other, [B, l, D]."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.model.attention import LayerCache, by_products, trains_in_half_on_cpu
+from nextscale.model.attention import LayerCache, Projection, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
 from nextscale.model.condition import Condition
 from nextscale.model.rotary import Rotary, RotaryAttention
@@ -99,7 +99,7 @@ class AttentionPool(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of the heads of the text pooling, got {dim} and {num_heads}")
         self.query = nn.Parameter(torch.empty(num_heads, dim // num_heads))
-        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.kv = Projection(text_dim, 2 * dim)
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.query, std=math.sqrt(1 / dim / 3))
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.kv = Projection(dim, 2 * dim)
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
@@ -202,10 +202,10 @@ class TextBlock(nn.Module):
         self.modulation.reset_parameters(settings, generator)
 
 
-def keys_values(context: Tensor, linear: nn.Linear, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def keys_values(context: Tensor, linear: nn.Module, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, N, T, head_dim] of a context [B, T, E]; keys have no bias."""
     bias = torch.cat([torch.zeros_like(v_bias), v_bias])
-    kv = F.linear(context, linear.weight, bias).unflatten(-1, (2, num_heads, -1))
+    kv = linear(context, bias).unflatten(-1, (2, num_heads, -1))
     k, v = kv.permute(2, 0, 3, 1, 4)
     return k, v
 

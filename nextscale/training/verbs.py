@@ -16,6 +16,7 @@ from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.system import System, find_recipe
 from nextscale.training.draws import Draws, generator_for
 from nextscale.training.encoded import encode_images
+from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.loop import collate, fit
 from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
@@ -74,6 +75,7 @@ def train_model(
     loss: GeneratorLoss = GeneratorLoss(),
     augmentation: AugmentSettings | None = None,
     views: int = 1,
+    lora: int = 0,
     cache: str | os.PathLike[str] | None = None,
 ) -> System:
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
@@ -83,11 +85,15 @@ def train_model(
             class number, or `caption`; or `labels` or `captions`, several that fit the image, of which training picks
             one at random.
         views: augmented versions of each image that are encoded, once, before training.
+        lora: rank of adapters (LoRA), which are trained instead of the weights, together with what the model is told; they are
+            merged into the weights of the result. 0: all weights are trained. Needs the extra nextscale[lora].
         cache: folder for what was encoded, to share between runs; one of another tokenizer, data or settings is refused.
             Default: a folder of the run.
 
     Returns the system, with the averaged weights.
     """
+    if config.shard and lora:
+        raise ValueError("adapters are small, so they are not sharded; leave --shard or --lora off")
     team, config = _join(config)
     out = Path(out)
     system.need_model()
@@ -111,6 +117,8 @@ def train_model(
             raise ValueError(
                 f"the data has class number {most}, but the model knows {known} classes; build it with more"
             )
+    if lora:
+        add_lora(system.need_model(), lora)
     task = GeneratorTask(system, config, loss, encoded, held_out, team=team)
     fit(task, encoded, config, out, "generator", team=team)
     if config.shard and team.size > 1:
@@ -119,6 +127,8 @@ def train_model(
         state = whole(system.model.state_dict())
         system.model = find_recipe(system.recipe).build(system.config).model
         system.model.load_state_dict(state)
+    if lora:
+        merge_lora(system.need_model())
     if team.leads:
         save(system, out / "system")
     team.wait()  # all return when the files are there
