@@ -29,6 +29,7 @@ from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.schedule import Schedule
 from nextscale.training.encoded import encode_images
 
+SHOWN = ("face-smiling", "person", "family", "country-flag", "heart", "cat-face", "time", "clothing")  # finer labels
 Folder = Annotated[str, tyro.conf.Positional]
 
 
@@ -153,7 +154,7 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
             kid_lite0=kernel_distance(features[name], known),
             fd_lite0=frechet_distance(features[name], known),
         )
-    shown = list(range(10)) * 2
+    shown = [name for name in SHOWN for _ in range(2)]
     wider = {
         "96": Schedule.squares(1, 2, 3, 4, 6, 8, 12),
         "64x96": Schedule(((1, 1), (2, 3), (3, 4), (4, 6), (6, 9), (8, 12))),
@@ -161,7 +162,7 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
     for name, schedule in (*lists.items(), *wider.items()):
         pictures = ns.sample(loaded, shown, seed=0, schedule=schedule)
         title = f"FlexVAR, sizes {schedule}"
-        ns.save_images(pictures, out / f"{name.split(',')[0].replace(' ', '-')}.png", columns=10, title=title)
+        ns.save_images(pictures, out / f"{name.split(',')[0].replace(' ', '-')}.png", columns=16, title=title)
 
 
 def boxed(images: Tensor, size: tuple[int, int]) -> Tensor:

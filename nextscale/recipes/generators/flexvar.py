@@ -371,7 +371,7 @@ def emoji_64(**changes: object) -> Config:
         "schedules": RandomSchedules(
             whole=(1, 2, 3, 4, 6, 8), first=(1, 2), ranges=((3, 5, 2), (6, 7, 1)), last=8, drops=(0.4, 0.2)
         ),
-        "sampling": SamplingDefaults(guidance=3.0, top_k=200, top_p=0.95),
+        "sampling": SamplingDefaults(guidance=4.0, top_k=50, top_p=0.85),
     }
     return Config.model_validate(settings | changes)
 
