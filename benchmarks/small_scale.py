@@ -1,6 +1,8 @@
 """The small-scale checks of recipes on trained systems: what each method claims, on OpenMoji at 64 px. Prints JSON lines.
 
-python benchmarks/small_scale.py infinity runs/text/system --without runs/text-without/system
+python benchmarks/small_scale.py train-infinity runs/bits --out runs/with --strength 0.3
+python benchmarks/small_scale.py train-infinity runs/bits --out runs/without --strength 0
+python benchmarks/small_scale.py infinity runs/with/system --without runs/without/system
 python benchmarks/small_scale.py flexvar runs/flexvar/system --out out/flexvar
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import nextscale as ns
 from nextscale.data.images import to_float
+from nextscale.data.transforms import AugmentSettings
 from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
@@ -26,11 +29,35 @@ from nextscale.evaluation.likelihood import (
 )
 from nextscale.evaluation.neighbours import base_groups
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
+from nextscale.recipes.generators import infinity as infinity_recipe
 from nextscale.schedule import Schedule
 from nextscale.training.encoded import encode_images
 
 SHOWN = ("face-smiling", "person", "family", "country-flag", "heart", "cat-face", "time", "clothing")  # finer labels
 Folder = Annotated[str, tyro.conf.Positional]
+
+
+def train_infinity(tokenizer: Folder, out: Path = Path("runs/with"), strength: float = 0.3, steps: int = 1500) -> None:
+    """A small generator (6 blocks, 192 wide), the same but for self-correction.
+
+    Args:
+        tokenizer: the folder of its run
+        out: folder of the run
+        strength: largest share of bits that are flipped
+        steps: of 16 images
+    """
+    base = ns.load(f"{tokenizer}/system")
+    transformer = base.config.transformer.model_copy(update={"depth": 6, "dim": 192, "num_heads": 6})
+    objective = base.config.objective.model_copy(update={"strength": strength})
+    system = infinity_recipe.build(base.config.model_copy(update={"transformer": transformer, "objective": objective}))
+    system.tokenizer = base.tokenizer
+    size = base.image_size[0]
+    config = ns.TrainConfig(
+        steps=steps, batch_size=16, lr=1e-3, warmup=100, precision="bfloat16", validate_every=steps, save_every=500
+    )
+    augmentation = AugmentSettings(hue=0, scale=0.08, shift=0.04)
+    training = {"out": out, "augmentation": augmentation, "views": 4, "cache": f"{tokenizer}/encoded-4"}
+    ns.train_model(system, ns.openmoji(2 * size).train, config, **training)
 
 
 @torch.no_grad()
@@ -186,4 +213,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"infinity": infinity, "flexvar": flexvar})
+    tyro.extras.subcommand_cli_from_dict({"train-infinity": train_infinity, "infinity": infinity, "flexvar": flexvar})
