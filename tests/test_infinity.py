@@ -961,3 +961,13 @@ def test_t5(tmp_path):
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[3, 4, 5, 1]])).last_hidden_state
     torch.testing.assert_close(text.features[:1], expected)
+
+
+def test_the_shipped_system_draws_what_it_is_told():
+    system = ns.load("emoji-64-text")
+    images = ns.sample(system, ["a red apple", "blue car", "a yellow heart", "a red apple"], seed=[0, 0, 0, 1])
+    assert not torch.equal(images[0], images[3])  # another seed, another apple
+    red, green, blue = images.mean(dim=(2, 3)).T
+    assert red[0] > blue[0] + 0.2 and red[3] > blue[3] + 0.2
+    assert blue[1] > red[1] + 0.2
+    assert red[2] > blue[2] + 0.2 and green[2] > blue[2] + 0.2

@@ -255,7 +255,7 @@ def emoji_64_text(**changes: object) -> Config:
             depth=8, dim=256, num_heads=4, shared_adaln=True, dropout=0.1, drop_path=0.1, init_gate=0.1
         ),
         "text": TextSettings(encoder="minilm", dim=384, length=32, pool_heads=4),
-        "sampling": SamplingDefaults(guidance=3.0, ramp=False, top_k=0, top_p=0.97),
+        "sampling": SamplingDefaults(guidance=4.0, ramp=False, top_k=0, top_p=0.0, temperature=0.5),
     }
     return Config.model_validate(settings | changes)
 
