@@ -9,6 +9,8 @@ python benchmarks/small_scale.py flexvar runs/flexvar/system --out out/flexvar
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,6 +183,20 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
             kid_lite0=kernel_distance(features[name], known),
             fd_lite0=frechet_distance(features[name], known),
         )
+    rng = random.Random(0)
+    drawn = [loaded.config.schedules.draw(rng) for _ in range(10)]
+    pictures = [ns.sample(loaded, labels[:2], seed=0, schedule=Schedule.squares(*sides)) for sides in drawn]
+    report(
+        "flexvar, 10 random lists",
+        valid=sum(bool(picture.isfinite().all() and picture.std() > 0.05) for picture in pictures),
+        lists=[str(Schedule.squares(*sides)) for sides in drawn],
+    )
+    groups = torch.tensor([label for label, *_ in data.train.labels])
+    held_out = [label for label, *_ in data.val.labels]
+    accuracy = group_classifier(known, groups)
+    refined = [refine(loaded, val[i : i + 64], held_out[i : i + 64], seed=i) for i in range(0, len(val), 64)]
+    own, again = (accuracy(lite0_features(images), held_out) for images in (data.val.images, torch.cat(refined)))
+    report("flexvar, refined from 4x4", accuracy=again, accuracy_of_drawings=own, share=again / own)
     shown = [name for name in SHOWN for _ in range(2)]
     wider = {
         "96": Schedule.squares(1, 2, 3, 4, 6, 8, 12),
@@ -190,6 +206,27 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
         pictures = ns.sample(loaded, shown, seed=0, schedule=schedule)
         title = f"FlexVAR, sizes {schedule}"
         ns.save_images(pictures, out / f"{name.split(',')[0].replace(' ', '-')}.png", columns=16, title=title)
+
+
+def refine(system: ns.System, images: Tensor, labels: list[int], seed: int) -> Tensor:
+    """Images drawn again from their maps of up to 4x4."""
+    known = ns.encode(system, images)
+    given = [k for k, size in enumerate(system.schedule.sizes) if size <= (4, 4)]
+    return ns.sample(system, labels, seed=seed, edit=lambda tokens, k: known[k] if k in given else tokens)
+
+
+def group_classifier(features: Tensor, labels: Tensor, penalty: float = 1e3) -> Callable[[Tensor, list[int]], float]:
+    """Ridge regression from features [N, D] to classes; what it returns is the accuracy on others."""
+    mean, targets = features.mean(dim=0), F.one_hot(labels).double()
+    x = (features - mean).double()
+    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.double)
+    weights = torch.linalg.solve(gram, x.T @ (targets - targets.mean(dim=0)))
+
+    def accuracy(features: Tensor, labels: list[int]) -> float:
+        scores = (features - mean).double() @ weights + targets.mean(dim=0)
+        return float((scores.argmax(dim=1) == torch.tensor(labels)).double().mean())
+
+    return accuracy
 
 
 def boxed(images: Tensor, size: tuple[int, int]) -> Tensor:
