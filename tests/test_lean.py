@@ -4,10 +4,46 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nextscale.model import lean
 from nextscale.model.attention import attend
 from nextscale.model.lean import Prefixes, Unit, again
 from nextscale.recipes.generators import infinity, var
 from nextscale.schedule import Schedule
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_linear_layer_as_a_convolution_is_a_linear_layer(monkeypatch, biased):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator, requires_grad=True)
+    bias = torch.randn(24, generator=generator, requires_grad=True) if biased else None
+    whole = torch.randn(2, 150, 32, generator=generator, requires_grad=True)
+    wanted_by = [weight, whole, *([bias] if biased else [])]
+    push = torch.randn(2, 150, 24, generator=generator)
+    found = {}
+    for way in (True, False):
+        monkeypatch.setattr(lean, "convolutions_are_faster", lambda way=way: way)
+        with torch.profiler.profile() as profile:
+            out = lean.linear(whole[..., ::2], weight, bias)  # not contiguous
+        convolutions = [event for event in profile.events() if "convolution" in event.name]
+        assert bool(convolutions) == way
+        gradients = torch.autograd.grad((out * push).sum(), wanted_by)
+        assert all(gradient.is_contiguous() for gradient in gradients)
+        found[way] = [out, *gradients]
+    for ours, plain in zip(found[True], found[False], strict=True):
+        # sums of 16 to 300 products in another order
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-5)
+
+
+def test_sampling_and_other_precisions_use_the_plain_layer(monkeypatch):
+    """Only training in float32 takes the other way, so what a trained system draws does not depend on the processor's name."""
+    monkeypatch.setattr(lean, "convolutions_are_faster", lambda: pytest.fail("asked"))
+    layer = lean.Linear(8, 8)
+    with torch.inference_mode():
+        layer(torch.randn(300, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(300, 8))
+    layer.double()(torch.randn(300, 8, dtype=torch.double))
+    lean.Linear(8, 8)(torch.randn(lean.FEW - 1, 8))
 
 
 @pytest.mark.parametrize("shape", [None, (3, 1, 1), ()])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.model.lean import Prefixes, Unit
+from nextscale.model.lean import Linear, Prefixes, Unit, linear
 from nextscale.schedule import Span
 
 
@@ -84,14 +84,14 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     return torch.bmm(weights, v).unflatten(0, rows)
 
 
-class Projection(nn.Linear):
+class Projection(Linear):
     """A linear layer whose bias comes with its input. It is called, not taken apart, so that adapters find it."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__(dim, out, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if unit_norm else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of inputs [B, l, D], [B, l, 3 D]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.model.attention import LayerCache, SelfAttention
 from nextscale.model.condition import Condition
-from nextscale.model.lean import again
+from nextscale.model.lean import Linear, again
 from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Span
 
@@ -22,8 +22,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def project(self, x: Tensor) -> Tensor:  # [B, l, D] -> [B, l, hidden]
         return self.fc1(x)

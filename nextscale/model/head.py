@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.model.lean import Linear
 from nextscale.model.settings import TransformerSettings
 
 
@@ -17,7 +18,7 @@ class SoftmaxHead(nn.Module):
 
     def __init__(self, dim: int, codebook_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, codebook_size)
+        self.linear = Linear(dim, codebook_size)
 
     @torch.no_grad()
     def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:

@@ -3,11 +3,15 @@ being kept, and gradients of slices are summed in one place. Values and gradient
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +24,50 @@ def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Linear(nn.Linear):
+    """A linear layer that trains at twice the speed where torch's own is slow: float32 on AMD processors with AVX-512.
+
+    There torch's products of matrices (MKL) use half of the vector width, its convolutions (oneDNN) all of it, and a linear
+    layer is a 1x1 convolution over rows. Same weights, same numbers up to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x [..., K], or the same as a convolution."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if (
+        rows < FEW
+        or x.device.type != "cpu"
+        or not (x.dtype == weight.dtype == torch.float32)
+        or not torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not convolutions_are_faster()
+    ):
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)  # [1, K, rows, 1], channels last in memory: a view
+    out = F.conv2d(image, weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+FEW = 256  # rows below which setting up a convolution costs more than it saves
+
+
+@lru_cache(maxsize=1)
+def convolutions_are_faster() -> bool:
+    """Whether this processor is one on which torch's products of matrices are slow; never guessed from timings, which would
+    change from run to run."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return "AuthenticAMD" in platform.processor()
 
 
 class Unit(torch.autograd.Function):

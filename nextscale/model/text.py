@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nextscale.model.attention import LayerCache, Projection, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
 from nextscale.model.condition import Condition
+from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
 from nextscale.model.settings import TransformerSettings
 from nextscale.schedule import Span
@@ -116,10 +117,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
         self.kv = Projection(dim, 2 * dim)
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # [B, l, D]
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, l, head_dim]
