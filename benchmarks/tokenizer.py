@@ -1,0 +1,67 @@
+"""How much of the speed of this machine's convolutions tokenizer training reaches. Prints one line of JSON.
+
+python benchmarks/tokenizer.py --batch 32
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn.functional import conv2d
+
+from nextscale.recipes.generators import var
+from nextscale.training.draws import Draws, Part, generator_for
+from nextscale.training.settings import TokenizerLoss, TrainConfig
+from nextscale.training.tokenizer import TokenizerTask
+
+
+def main(batch: int = 32, steps: int = 10, precision: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Time training steps of emoji-64's tokenizer: encoder, pyramid, decoder, losses, optimizer.
+
+    Args:
+        batch: images a step
+        steps: timed, after three that are not; the fastest counts
+        precision: of convolutions
+    """
+    system = var.build(var.emoji_64(), model=False)
+    height, width = system.image_size
+    config = TrainConfig(steps=steps + 3, batch_size=batch, precision=precision)
+    loss = TokenizerLoss(quantize_start=0.0, init_codes=False)
+    images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, None, lambda: images)
+    task.module.train()
+    times = []
+    for i in range(steps + 3):
+        part = Part({"image": images}, Draws(generator_for(0, i), batch, slice(0, batch)))
+        begun = time.perf_counter()
+        task.step([part], i)
+        times.append(time.perf_counter() - begun)
+    seconds = min(times[3:])
+    peak, speed = convolution_peak(getattr(torch, precision)), task.flop_per_image * batch / seconds / 1e9
+    report = {"batch": batch, "precision": precision, "seconds": seconds, "images_per_s": batch / seconds}
+    report |= {"gflops": speed, "peak_gflops": peak, "share": speed / peak, "threads": torch.get_num_threads()}
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in report.items()}))
+
+
+@torch.no_grad()
+def convolution_peak(dtype: torch.dtype, repeats: int = 8) -> float:
+    """Most GFLOP a second of 3x3 convolutions of several shapes."""
+    best = 0.0
+    for channels, side in ((96, 16), (192, 16), (128, 32), (256, 32)):
+        images, weight = (
+            torch.randn(32, channels, side, side, dtype=dtype),
+            torch.randn(channels, channels, 3, 3, dtype=dtype),
+        )
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            conv2d(images, weight, padding=1)
+            best = max(best, 2 * 9 * channels**2 * side**2 * 32 / (time.perf_counter() - begun) / 1e9)
+    return best
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
