@@ -4,6 +4,7 @@ python benchmarks/small_scale.py train-infinity runs/bits --out runs/with --stre
 python benchmarks/small_scale.py train-infinity runs/bits --out runs/without --strength 0
 python benchmarks/small_scale.py infinity runs/with/system --without runs/without/system
 python benchmarks/small_scale.py flexvar runs/flexvar/system --out out/flexvar
+python benchmarks/small_scale.py residual runs/collapse-off
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ from nextscale.evaluation.likelihood import (
 )
 from nextscale.evaluation.neighbours import base_groups
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
+from nextscale.recipes.generators import flexvar as flexvar_recipe
 from nextscale.recipes.generators import infinity as infinity_recipe
 from nextscale.schedule import Schedule
 from nextscale.training.encoded import encode_images
 
+LISTS = {
+    "6 steps, its own": Schedule.squares(1, 2, 3, 4, 6, 8),
+    "4 steps": Schedule.squares(1, 3, 5, 8),
+    "5 steps": Schedule.squares(1, 2, 4, 6, 8),
+    "8 steps": Schedule.squares(1, 2, 3, 4, 5, 6, 7, 8),
+}
 SHOWN = ("face-smiling", "person", "family", "country-flag", "heart", "cat-face", "time", "clothing")  # finer labels
 Folder = Annotated[str, tyro.conf.Positional]
 
@@ -162,27 +170,7 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
         psnr=found.psnr,
         box=[float(ns.psnr(boxed(val, side), val).mean()) for side in loaded.schedule.sizes],
     )
-    lists = {
-        "6 steps, its own": loaded.schedule,
-        "4 steps": Schedule.squares(1, 3, 5, 8),
-        "5 steps": Schedule.squares(1, 2, 4, 6, 8),
-        "8 steps": Schedule.squares(1, 2, 3, 4, 5, 6, 7, 8),
-    }
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([label for label, _ in data.train.labels])
-    labels = labels[torch.randint(len(labels), (images,), generator=generator)].tolist()
-    features, known = {}, lite0_features(data.train.images)
-    for name, schedule in lists.items():
-        drawn = torch.cat(
-            [ns.sample(loaded, labels[i : i + 64], seed=i, schedule=schedule) for i in range(0, images, 64)]
-        )
-        features[name] = lite0_features(drawn)
-        report(
-            f"flexvar, {name}",
-            sizes=str(schedule),
-            kid_lite0=kernel_distance(features[name], known),
-            fd_lite0=frechet_distance(features[name], known),
-        )
+    labels, known = step_counts("flexvar", loaded, data, images)
     rng = random.Random(0)
     drawn = [loaded.config.schedules.draw(rng) for _ in range(10)]
     pictures = [ns.sample(loaded, labels[:2], seed=0, schedule=Schedule.squares(*sides)) for sides in drawn]
@@ -202,10 +190,49 @@ def flexvar(system: Folder = "runs/flexvar/system", out: Path = Path("out/flexva
         "96": Schedule.squares(1, 2, 3, 4, 6, 8, 12),
         "64x96": Schedule(((1, 1), (2, 3), (3, 4), (4, 6), (6, 9), (8, 12))),
     }
-    for name, schedule in (*lists.items(), *wider.items()):
+    for name, schedule in (*LISTS.items(), *wider.items()):
         pictures = ns.sample(loaded, shown, seed=0, schedule=schedule)
         title = f"FlexVAR, sizes {schedule}"
         ns.save_images(pictures, out / f"{name.split(',')[0].replace(' ', '-')}.png", columns=16, title=title)
+
+
+@torch.no_grad()
+def step_counts(title: str, system: ns.System, data: Any, images: int) -> tuple[list[int], Tensor]:
+    """Report how far samples of each list of sizes are from the training images; their labels, and those images' features."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([label for label, *_ in data.train.labels])
+    drawn = labels[torch.randint(len(labels), (images,), generator=generator)].tolist()
+    known = lite0_features(data.train.images)
+    for name, schedule in LISTS.items():
+        parts = [ns.sample(system, drawn[i : i + 64], seed=i, schedule=schedule) for i in range(0, images, 64)]
+        features = lite0_features(torch.cat(parts))
+        distances = {"kid_lite0": kernel_distance(features, known), "fd_lite0": frechet_distance(features, known)}
+        report(f"{title}, {name}", sizes=str(schedule), **distances)
+    return drawn, known
+
+
+def residual(tokenizer: Folder, out: Path = Path("runs/residual"), steps: int = 1800, images: int = 256) -> None:
+    """What random lists of sizes do to residuals: VAR's pyramid under FlexVAR's transformer and objective.
+
+    Args:
+        tokenizer: the folder of the run of a VAR tokenizer that does not standardize residuals
+        out: folder of the run
+        steps: of 16 images
+        images: samples for each list of sizes
+    """
+    base = ns.load(f"{tokenizer}/system")
+    data = ns.openmoji(base.image_size[0])
+    config = flexvar_recipe.emoji_64(num_classes=len(data.classes), classes=data.classes)
+    pyramid = config.pyramid.model_copy(update={"code_dim": base.config.pyramid.code_dim})
+    system = flexvar_recipe.build(config.model_copy(update={"pyramid": pyramid}))
+    system.tokenizer = base.tokenizer
+    training = ns.TrainConfig(
+        steps=steps, batch_size=16, lr=8e-4, warmup=100, precision="bfloat16", validate_every=steps, save_every=500
+    )
+    augmentation = AugmentSettings(hue=0, scale=0.08, shift=0.04)
+    larger = ns.openmoji(2 * base.image_size[0])
+    ns.train_model(system, larger.train, training, out=out, augmentation=augmentation, views=2)
+    step_counts("residuals", system, data, images)
 
 
 def refine(system: ns.System, images: Tensor, labels: list[int], seed: int) -> Tensor:
@@ -250,4 +277,6 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train-infinity": train_infinity, "infinity": infinity, "flexvar": flexvar})
+    tyro.extras.subcommand_cli_from_dict(
+        {"train-infinity": train_infinity, "infinity": infinity, "flexvar": flexvar, "residual": residual}
+    )
