@@ -61,13 +61,7 @@ def train_infinity(tokenizer: Folder, out: Path = Path("runs/with"), strength: f
     objective = base.config.objective.model_copy(update={"strength": strength})
     system = infinity_recipe.build(base.config.model_copy(update={"transformer": transformer, "objective": objective}))
     system.tokenizer = base.tokenizer
-    size = base.image_size[0]
-    config = ns.TrainConfig(
-        steps=steps, batch_size=16, lr=1e-3, warmup=100, precision="bfloat16", validate_every=steps, save_every=500
-    )
-    augmentation = AugmentSettings(hue=0, scale=0.08, shift=0.04)
-    training = {"out": out, "augmentation": augmentation, "views": 4, "cache": f"{tokenizer}/encoded-4"}
-    ns.train_model(system, ns.openmoji(2 * size).train, config, **training)
+    train(system, out, steps, lr=1e-3, views=4, cache=f"{tokenizer}/encoded-4")
 
 
 @torch.no_grad()
@@ -226,13 +220,18 @@ def residual(tokenizer: Folder, out: Path = Path("runs/residual"), steps: int = 
     pyramid = config.pyramid.model_copy(update={"code_dim": base.config.pyramid.code_dim})
     system = flexvar_recipe.build(config.model_copy(update={"pyramid": pyramid}))
     system.tokenizer = base.tokenizer
-    training = ns.TrainConfig(
-        steps=steps, batch_size=16, lr=8e-4, warmup=100, precision="bfloat16", validate_every=steps, save_every=500
+    train(system, out, steps, lr=8e-4, views=2)
+    step_counts("residuals", system, data, images)
+
+
+def train(system: ns.System, out: Path, steps: int, lr: float, views: int, cache: str | None = None) -> None:
+    """A short training on OpenMoji, 16 images a step."""
+    config = ns.TrainConfig(
+        steps=steps, batch_size=16, lr=lr, warmup=100, precision="bfloat16", validate_every=steps, save_every=500
     )
     augmentation = AugmentSettings(hue=0, scale=0.08, shift=0.04)
-    larger = ns.openmoji(2 * base.image_size[0])
-    ns.train_model(system, larger.train, training, out=out, augmentation=augmentation, views=2)
-    step_counts("residuals", system, data, images)
+    images = ns.openmoji(2 * system.image_size[0]).train
+    ns.train_model(system, images, config, out=out, augmentation=augmentation, views=views, cache=cache)
 
 
 def refine(system: ns.System, images: Tensor, labels: list[int], seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import tyro
 from torch.nn.functional import conv2d
 
+from nextscale.cli.bench import fastest
 from nextscale.recipes.generators import var
 from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.settings import TokenizerLoss, TrainConfig
@@ -48,19 +49,18 @@ def main(batch: int = 32, steps: int = 10, precision: Literal["float32", "bfloat
 
 
 @torch.no_grad()
-def convolution_peak(dtype: torch.dtype, repeats: int = 8) -> float:
+def convolution_peak(dtype: torch.dtype) -> float:
     """Most GFLOP a second of 3x3 convolutions of several shapes."""
-    best = 0.0
-    for channels, side in ((96, 16), (192, 16), (128, 32), (256, 32)):
+
+    def speed(channels: int, side: int) -> float:
         images, weight = (
             torch.randn(32, channels, side, side, dtype=dtype),
             torch.randn(channels, channels, 3, 3, dtype=dtype),
         )
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            conv2d(images, weight, padding=1)
-            best = max(best, 2 * 9 * channels**2 * side**2 * 32 / (time.perf_counter() - begun) / 1e9)
-    return best
+        flop = 2 * 9 * channels**2 * side**2 * len(images)
+        return fastest(lambda: conv2d(images, weight, padding=1), flop, repeats=8)
+
+    return max(speed(channels, side) for channels, side in ((96, 16), (192, 16), (128, 32), (256, 32)))
 
 
 if __name__ == "__main__":

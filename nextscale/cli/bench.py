@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,35 +173,33 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     }
 
 
-def matrix_peak(size: int = 2048, repeats: int = 5) -> float:
+def matrix_peak(size: int = 2048) -> float:
     """Most GFLOP a second of a large matrix product in float32."""
-    import time
-
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best / 1e9
+    return fastest(lambda: a @ b, 2 * size**3)
 
 
-def convolution_peak(rows: int = 4096, channels: int = 2048, repeats: int = 5) -> float:
+def convolution_peak(rows: int = 4096, channels: int = 2048) -> float:
     """Most GFLOP a second of a large 1x1 convolution in float32, channels last."""
-    import time
-
     import torch
     import torch.nn.functional as F
 
     x, weight = torch.randn(1, rows, 1, channels).permute(0, 3, 1, 2), torch.randn(channels, channels, 1, 1)
+    return fastest(lambda: F.conv2d(x, weight), 2 * rows * channels**2)
+
+
+def fastest(compute: Callable[[], object], flop: int, repeats: int = 6) -> float:
+    """GFLOP a second of the fastest of some calls."""
+    import time
+
     best = float("inf")
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         begun = time.perf_counter()
-        F.conv2d(x, weight)
+        compute()
         best = min(best, time.perf_counter() - begun)
-    return 2 * rows * channels**2 / best / 1e9
+    return flop / best / 1e9
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -123,9 +123,9 @@ class SelfAttention(nn.Module):
             scale = 1.0
             sharpness = self.log_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
             q, k = Unit.apply(q, sharpness), Unit.apply(k, None)
-        q, k = self.place(q, span), self.place(k, span)
+        q, k = self.place(q, k, span)
         return self.proj(attend(q, k, v, span, scale, cache).transpose(1, 2).flatten(2))
 
-    def place(self, x: Tensor, span: Span) -> Tensor:
-        """Queries or keys [B, N, l, head_dim] that know where their tokens are; here positions are in the inputs."""
-        return x
+    def place(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, N, l, head_dim] that know where their tokens are; here positions are in the inputs."""
+        return q, k

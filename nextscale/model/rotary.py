@@ -74,8 +74,9 @@ class RotaryAttention(SelfAttention):
         super().__init__(dim, num_heads, unit_norm)
         self.rotary = rotary
 
-    def place(self, x: Tensor, span: Span) -> Tensor:
-        return rotate(x, self.rotary(span, x.device))
+    def place(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        table = self.rotary(span, q.device)
+        return rotate(q, table), rotate(k, table)
 
 
 class ScalePositions(nn.Module):
