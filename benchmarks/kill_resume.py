@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -155,7 +156,7 @@ def kill(run: list[subprocess.Popen[str]], after: float, rng: random.Random, out
     for process in run:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    return max((int(path.stem) for path in (out / "checkpoints").glob("*.json")), default=0)
+    return max((int(path.parent.name) for path in (out / "checkpoints").glob("0*/state.json")), default=0)
 
 
 def readable(out: Path) -> None:
@@ -167,18 +168,17 @@ def readable(out: Path) -> None:
 
 def equal(a: Path, b: Path) -> bool:
     """Whether two runs ended in the same bits, averaged weights and all that training carries."""
-    states = [Checkpoints(out / "checkpoints", keep=2).newest() for out in (a, b)]
-    assert all(state is not None for state in states)
-    flat = [list(tensors(state)) for state in states]
-    return len(flat[0]) == len(flat[1]) and all(torch.equal(x, y) for x, y in zip(*flat, strict=True))
+    states = [state(out) for out in (a, b)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
 
 
-def tensors(state: Any) -> list[Tensor]:
-    """All tensors of nested dicts and lists, in order."""
-    if isinstance(state, Tensor):
-        return [state]
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [tensor for part in inner for tensor in tensors(part)]
+def state(out: Path) -> dict[str, Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    found = Checkpoints(out / "checkpoints", keep=2).newest()
+    assert found is not None
+    return {name: tensor for file in found.files for name, tensor in load_file(found.path / file).items()}
 
 
 if __name__ == "__main__":

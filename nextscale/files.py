@@ -64,7 +64,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _apply_default_mode(temporary: Path, target: Path) -> None:
@@ -80,8 +80,8 @@ def _apply_default_mode(temporary: Path, target: Path) -> None:
     os.chmod(temporary, mode)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be opened."""
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system lets a folder be opened."""
     if os.name == "nt":
         return
     with suppress(OSError):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
-from nextscale.training import encoded, loop
+from nextscale.training import checkpoints, encoded, loop
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, generator_for
@@ -263,13 +263,27 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     ns.train_tokenizer(tiny(), DATA, CONFIG, out=tmp_path)
     with pytest.raises(ValueError, match=r"lr was 0\.001, now 0\.1"):
         ns.train_tokenizer(tiny(), DATA, CONFIG.model_copy(update={"lr": 0.1}), out=tmp_path)
+    with pytest.raises(ValueError, match=r"loss\.l1 was 0\.2, now 1\.0; use the same"):
+        ns.train_tokenizer(tiny(), DATA, CONFIG, out=tmp_path, loss=TokenizerLoss(l1=1))
+    with pytest.raises(ValueError, match=r"augmentation\.mirror was None, now "):
+        ns.train_tokenizer(tiny(), DATA, CONFIG, out=tmp_path, augmentation=AugmentSettings())
+    with pytest.raises(ValueError, match="images was 24, now 8"):
+        ns.train_tokenizer(tiny(), Squares(8), CONFIG, out=tmp_path)
+    with pytest.raises(ValueError, match=r"system\.pyramid\.cosine was False, now True"):
+        cosine = var.PyramidSettings(codebook_size=32, code_dim=8, cosine=True)
+        ns.train_tokenizer(tiny(pyramid=cosine), DATA, CONFIG, out=tmp_path)
+    later = CONFIG.model_copy(update={"log_every": 7, "keep": 5})  # what may change
+    ns.train_tokenizer(tiny(), DATA, later, out=tmp_path, loss=TokenizerLoss(alarm=0))
 
 
-def test_checkpoints_of_another_model_are_refused_by_name(tmp_path):
+def test_checkpoints_of_other_code_are_refused_by_name(tmp_path):
     ns.train_tokenizer(tiny(), DATA, CONFIG, out=tmp_path)
-    wider = tiny(pyramid=var.PyramidSettings(codebook_size=32, code_dim=16))
-    with pytest.raises(ValueError, match=r"another model or of other code: .*of shape \(.*give another --out"):
-        ns.train_tokenizer(wider, DATA, CONFIG, out=tmp_path)
+    other = tiny()
+    other.tokenizer.encoder.extra = torch.nn.Linear(2, 3)
+    with pytest.raises(
+        ValueError, match=r"(?s)missing +tokenizer.encoder.extra.weight \(3, 2\).*by other code.*another --out"
+    ):
+        ns.train_tokenizer(other, DATA, CONFIG, out=tmp_path)
 
 
 def test_a_diverging_run_stops_with_advice(tmp_path):
@@ -346,37 +360,61 @@ def test_checkpoints_are_verified_and_the_best_stays(tmp_path):
     kept = Checkpoints(tmp_path / "c", keep=2)
     assert kept.newest() is None and kept.best_score() is None
     for step, score in ((5, 1.0), (10, 3.0), (15, 2.0), (20, None), (25, 2.5)):
-        kept.save({"step": step, "x": torch.full((1000,), float(step))}, step, score)
-    names = sorted(path.name for path in (tmp_path / "c").iterdir())
-    assert [name for name in names if name.endswith(".pt")] == ["00000010.pt", "00000020.pt", "00000025.pt"]
-    assert kept.best_score() == 3.0 and kept.newest()["step"] == 25
-    data = bytearray((tmp_path / "c" / "00000025.pt").read_bytes())
+        kept.save({"x": torch.full((1000,), float(step)), "n": torch.tensor(step)}, step, score, about=[step])
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["00000010", "00000020", "00000025"]
+    assert kept.best_score() == 3.0 and kept.newest().step == 25
+    (file,) = (tmp_path / "c" / "00000025").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    (tmp_path / "c" / "00000025.pt").write_bytes(data)
-    (tmp_path / "c" / ".00000030-abc.pt").write_bytes(b"half")  # what a killed process leaves
-    with pytest.warns(UserWarning, match=r"00000025\.pt is damaged; the one before"):
-        state = kept.newest()
-    assert state["step"] == 20 and torch.equal(state["x"], torch.full((1000,), 20.0))
+    file.write_bytes(data)
+    (tmp_path / "c" / ".00000030").mkdir()  # what a killed process leaves
+    (tmp_path / "c" / ".00000030" / file.name).write_bytes(b"half")
+    (tmp_path / "c" / "notes.txt").write_text("a user's")
+    with pytest.warns(UserWarning, match=r"00000025 is damaged; the one before"):
+        found = kept.newest()
+    assert found.step == 20 and found.facts == {"about": [20]} and found.shapes() == {"x": (1000,), "n": ()}
+    tensors = {"x": torch.zeros(1000), "n": torch.tensor(0)}
+    found.fill(tensors)
+    assert torch.equal(tensors["x"], torch.full((1000,), 20.0)) and tensors["n"] == 20
     kept.clear(after=20)
-    assert sorted({path.stem for path in (tmp_path / "c").iterdir()}) == ["00000010", "00000020"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["00000010", "00000020", "notes.txt"]
+    (tmp_path / "c" / "00000020" / "state.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"state.json cannot be read; its checkpoint is left aside"):
+        assert kept.newest().step == 10
+
+
+def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
+    """A file is written from memory as a whole, so it must not hold everything."""
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 10_000)
+    tensors = {f"x{i}": torch.full((1000,), float(i)) for i in range(10)}
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(tensors, 1)
+    files = sorted((tmp_path / "00000001").glob("*.safetensors"))
+    assert len(files) == 4 and max(file.stat().st_size for file in files) < 15_000
+    again = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    kept.newest().fill(again)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    files[2].unlink()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert kept.newest() is None
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """A limit on the size of files stands in for a full disk: both end a write in the middle."""
     resource = pytest.importorskip("resource")
     kept = Checkpoints(tmp_path, keep=2)
-    kept.save({"step": 1}, 1)
+    kept.save({"x": torch.zeros(10)}, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(OSError, match=r"step 2 .* that of step 1 is whole"):
-            kept.save({"step": 2, "x": torch.zeros(1_000_000)}, 2)
+            kept.save({"x": torch.zeros(1_000_000)}, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert kept.newest() == {"step": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001.json", "00000001.pt"]
+    assert kept.newest().step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -392,7 +430,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatc
         patch.setattr(loop, "set_rates", ask)
         with pytest.raises(SystemExit, match="SIGTERM after step 7, which is saved"):
             ns.train_model(tiny(), DATA, CONFIG, out=tmp_path / "asked", val=VAL)
-    assert Checkpoints(tmp_path / "asked" / "checkpoints", 2).newest()["step"] == 7
+    assert Checkpoints(tmp_path / "asked" / "checkpoints", 2).newest().step == 7
     resumed = ns.train_model(tiny(), DATA, CONFIG, out=tmp_path / "asked", val=VAL)
     assert torch.equal(weights(resumed), weights(whole))
 

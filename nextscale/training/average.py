@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Average:
@@ -45,15 +44,3 @@ class Average:
             yield self.module
         finally:
             self.swap()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Values by name, and how many updates they have seen."""
-        return {"values": self.values, "count": self.count}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` returned."""
-        for name, value in self.values.items():
-            given: Tensor = state["values"][name]
-            value.copy_(given)
-        self.count = int(state["count"])

@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from nextscale import __version__
 from nextscale.files import atomic_write
+from nextscale.settings import Settings
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.log import RunLog
 from nextscale.training.rates import learning_rate, weight_decay
+from nextscale.training.resume import resume, save_state
 from nextscale.training.settings import TrainConfig
 from nextscale.training.team import Team
 
@@ -212,22 +214,26 @@ def fit(
     config: TrainConfig,
     out: Path,
     description: str,
+    others: Mapping[str, Settings | None],
     transform: Callable[[dict[str, Any], Draws], dict[str, Any]] | None = None,
     team: Team = Team(),
 ) -> nn.Module:
     """Run (or go on with) a training in the folder `out`; returns the averaged module.
 
+    `others`: settings beside `config` that change what is computed; a run goes on with the same ones alone.
     `transform(batch, draws)` augments a part of a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
     `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
     """
     pieces = team.pieces(config.batch_size, config.accumulate)
     average = Average(task.module, config.ema) if config.ema else None
     sharded = config.shard and team.size > 1
-    checkpoints = Checkpoints(out / "checkpoints", config.keep)
-    first = _resume(task, average, config, checkpoints, team)
+    checkpoints = Checkpoints(out / "checkpoints", config.keep, team if sharded else Team())
+    others_too = {name: part.model_dump(mode="json") for name, part in others.items() if part is not None}
+    settings = config.model_dump(mode="json") | others_too | {"images": len(data)}  # type: ignore[arg-type]
+    first = resume(checkpoints, task, average, settings, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads, wandb=config.wandb)
     if team.leads:
-        _describe(out, description, config, team)
+        _describe(out, {"kind": description, "config": config.model_dump(mode="json"), **others_too}, team)
     own = slice(pieces[0].start, pieces[-1].stop)
     order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
     loader = DataLoader(
@@ -295,10 +301,7 @@ def fit(
                 better = score is not None and (best is None or score > best)
                 best = score if better else best
             if (team.leads or sharded) and (done % config.save_every == 0 or done == config.steps or better or stop):
-                state = _state(task, average, config, done)
-                state = _whole(state, team) if sharded else state
-                if team.leads:
-                    checkpoints.save(state, done, score)
+                save_state(checkpoints, task, average, settings, done, score)
             if stop and done < config.steps:
                 team.wait()  # for the leader, who saves
                 log.close()
@@ -347,96 +350,8 @@ def _sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _describe(out: Path, description: str, config: TrainConfig, team: Team) -> None:
+def _describe(out: Path, facts: dict[str, Any], team: Team) -> None:
     """`run.json`: what this run is and how it was last started."""
-    facts = {"kind": description, "config": config.model_dump(mode="json"), "processes": team.size}
-    facts |= {"nextscale": __version__, "torch": torch.__version__}
+    facts = {**facts, "processes": team.size, "nextscale": __version__, "torch": torch.__version__}
     with atomic_write(out / "run.json") as path:
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _whole(state: dict[str, Any], team: Team) -> dict[str, Any]:
-    from nextscale.training.shards import whole
-
-    return whole(state, keep=team.leads)
-
-
-def _state(task: Task, average: Average | None, config: TrainConfig, step: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        "config": config.model_dump(mode="json"),
-        "module": task.module.state_dict(),
-        "ema": average.state_dict() if average else None,
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in task.optimizers.items()},
-        "scalers": {name: scaler.state_dict() for name, scaler in task.scalers.items()},
-    }
-
-
-def _resume(task: Task, average: Average | None, config: TrainConfig, checkpoints: Checkpoints, team: Team) -> int:
-    """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
-    with team.leader_first():
-        state = checkpoints.newest()
-        if team.leads:
-            checkpoints.clear(after=state["step"] if state else 0)
-    if state is None:
-        return 0
-    # What may change between two starts: how it runs and reports, not what it computes.
-    free = {
-        "accumulate",
-        "compile",
-        "peak_tflops",
-        "recompute",
-        "shard",
-        "wandb",
-        "workers",
-        "device",
-        "threads",
-        "log_every",
-        "validate_every",
-        "save_every",
-        "keep",
-        "most_skipped",
-    }
-    now = config.model_dump(mode="json")
-    changed = {k: (state["config"].get(k), now[k]) for k in now if k not in free and state["config"].get(k) != now[k]}
-    if changed:
-        raise ValueError(
-            f"{checkpoints.folder.parent} holds a run with other settings: "
-            + ", ".join(f"{k} was {old}, now {new}" for k, (old, new) in changed.items())
-            + "; use the same settings to go on with it, or another --out"
-        )
-    if config.shard and team.size > 1:
-        from nextscale.training.shards import fill, load_optimizer, placed
-
-        for name, tensor in task.module.state_dict().items():
-            fill(tensor, state["module"][name])
-        for name, value in average.values.items() if average else ():
-            state["ema"]["values"][name] = placed(state["ema"]["values"][name], value)
-        load: Callable[..., None] = load_optimizer
-    else:
-        _load_module(task.module, state["module"], checkpoints.folder)
-        load = Optimizer.load_state_dict
-    if average:
-        average.load_state_dict(state["ema"])
-    for name, optimizer in task.optimizers.items():
-        load(optimizer, state["optimizers"][name])
-        task.scalers[name].load_state_dict(state["scalers"][name])
-    return state["step"]
-
-
-def _load_module(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill the module. Raises ValueError, and changes nothing, if the state is of another model or of other code."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    wrong = [f"without {name}" for name in missing] + [f"with {name}, which is unknown here" for name in unknown]
-    wrong += [
-        f"with {name} of shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(shapes)
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"the checkpoints in {folder} are of another model or of other code: {'; '.join(wrong[:5])}{more}; go on with the "
-            "settings and the version that began the run (both are in run.json), or give another --out"
-        )
-    module.load_state_dict(state)

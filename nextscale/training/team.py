@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,13 @@ class Team:
             dist.broadcast(values, 0)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order; small ones, that pickle knows."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
@@ -107,17 +114,6 @@ class Team:
         """Metrics averaged over the team; all must have the same names."""
         values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.double)
         return dict(zip(metrics, (self.sum_(values) / self.size).tolist(), strict=True))
-
-    @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The leader goes through the block before the others, which find its files there."""
-        if not self.leads:
-            self.wait()
-        try:
-            yield
-        finally:  # the others must not wait for a leader that failed
-            if self.leads:
-                self.wait()
 
 
 class _Call(nn.Module):

@@ -58,7 +58,8 @@ def train_tokenizer(
         return (transform(batch, draws) if transform else batch)["image"]
 
     task = TokenizerTask(system.tokenizer, system.schedule, config, loss, val, first_images, team)
-    fit(task, data, config, out, "tokenizer", transform, team)
+    settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
+    fit(task, data, config, out, "tokenizer", settings, transform, team)
     if team.leads:
         save(system, out / "system")
     team.wait()  # all return when the files are there
@@ -120,11 +121,12 @@ def train_model(
     if lora:
         add_lora(system.need_model(), lora)
     task = GeneratorTask(system, config, loss, encoded, held_out, team=team)
-    fit(task, encoded, config, out, "generator", team=team)
+    settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
+    fit(task, encoded, config, out, "generator", settings, team=team)
     if config.shard and team.size > 1:
         from nextscale.training.shards import whole
 
-        state = whole(system.model.state_dict())
+        state = whole(system.model)
         system.model = find_recipe(system.recipe).build(system.config).model
         system.model.load_state_dict(state)
     if lora:
