@@ -2,12 +2,14 @@
 
     python benchmarks/kill_resume.py --kills 20
 
-Each kill is a run of its own, of a tiny tokenizer and of a tiny generator, in one process and in two. Exit status 0 only if
-every resumed run ends in the same bits and no checkpoint was ever unreadable. Prints JSON lines.
+Each kill is a run of its own: of a tiny tokenizer and of a tiny generator, in one process and in two, and of a generator
+whose weights lie in pieces in two processes (FSDP2), which write their checkpoints together. Exit status 0 only if every
+resumed run ends in the same bits and no checkpoint was ever unreadable. Prints JSON lines.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -56,12 +58,11 @@ class Noise(Dataset[dict[str, Any]]):
         return {"image": self.images[i], "label": i % 5}
 
 
-def train(kind: Kind, out: Path, steps: int) -> None:
+def train(kind: Kind, out: Path, steps: int, shard: bool) -> None:
     """What is killed: dropout, scale dropout, restarts of codes, averages and validation are all on."""
     torch.set_num_threads(1)
-    config = TrainConfig(
-        steps=steps, batch_size=8, warmup=5, ema=0.99, log_every=10, validate_every=40, save_every=15, threads=1
-    )
+    often = {"log_every": 10, "validate_every": 40, "save_every": 15}
+    config = TrainConfig(steps=steps, batch_size=8, warmup=5, ema=0.99, threads=1, shard=shard, **often)
     autoencoder = var.AutoencoderSettings(width=16, multipliers=(1, 1), patch=4, blocks=1, groups=8)
     transformer = var.TransformerSettings(depth=2, dim=32, num_heads=2, dropout=0.1, drop_path=0.1)
     pyramid = var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)
@@ -79,6 +80,7 @@ def main(
     steps: int = 200,
     kinds: tuple[Kind, ...] = ("tokenizer", "generator"),
     processes: tuple[int, ...] = (1, 2),
+    shard: tuple[bool, ...] = (False, True),
     seed: int = 0,
     worker: Path | None = None,
 ) -> None:
@@ -89,45 +91,50 @@ def main(
         steps: of a run
         kinds: what is trained
         processes: in how many processes
+        shard: with weights whole, or in pieces (generators, several processes)
         seed: of the moments
         worker: train into this folder instead (what this program starts)
     """
     if worker is not None:
-        train(kinds[0], worker, steps)
+        train(kinds[0], worker, steps, shard[0])
         return
     rng, failures = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        for kind in kinds:
-            for count in processes:
-                whole = Path(folder) / f"{kind}-{count}"
-                begun = time.perf_counter()
-                finish(start(kind, whole, steps, count))
-                length = time.perf_counter() - begun
-                same, moments = 0, []
-                for i in tqdm(range(kills), desc=f"{kind}, {count} processes"):
-                    out = Path(folder) / f"{kind}-{count}-{i}"
-                    moments.append(kill(start(kind, out, steps, count), rng.uniform(0.3, 0.9) * length, rng, out))
-                    readable(out)
-                    finish(start(kind, out, steps, count))
-                    same += equal(whole, out)
-                failures += kills - same
-                values = {
-                    "kills": kills,
-                    "same_bits": same,
-                    "killed_after_step": sorted(moments),
-                    "run_s": round(length, 1),
-                }
-                print(json.dumps({"measure": f"{kind}, {count} processes", **values}), flush=True)
+        for kind, count, pieces in itertools.product(kinds, processes, shard):
+            if pieces and (kind == "tokenizer" or count == 1):
+                continue
+            name = f"{kind}, {count} processes" + ", sharded" * pieces
+            whole = Path(folder) / name
+            begun = time.perf_counter()
+            finish(start(kind, whole, steps, count, pieces))
+            length = time.perf_counter() - begun
+            same, moments = 0, []
+            for i in tqdm(range(kills), desc=name):
+                out = Path(folder) / f"{name}, {i}"
+                run = start(kind, out, steps, count, pieces)
+                moments.append(kill(run, rng.uniform(0.3, 0.9) * length, rng, out))
+                readable(out)
+                finish(start(kind, out, steps, count, pieces))
+                same += equal(whole, out)
+            failures += kills - same
+            values = {
+                "kills": kills,
+                "same_bits": same,
+                "killed_after_step": sorted(moments),
+                "run_s": round(length, 1),
+            }
+            print(json.dumps({"measure": name, **values}), flush=True)
     if failures:
         sys.exit(f"{failures} runs did not end in the bits of the undisturbed one")
 
 
-def start(kind: Kind, out: Path, steps: int, count: int) -> list[subprocess.Popen[str]]:
+def start(kind: Kind, out: Path, steps: int, count: int, shard: bool) -> list[subprocess.Popen[str]]:
     """The processes of one run, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--worker", str(out), "--kinds", kind, "--steps", str(steps)]
+    command += ["--shard", str(shard)]
     team = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
     return [
         subprocess.Popen(
