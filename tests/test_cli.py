@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,19 @@ def test_each_command_explains_itself(nextscale, command):
 def test_train_without_a_kind_shows_its_help(nextscale):
     result = nextscale("train")
     assert result.code == 0 and "tokenizer" in "\n".join(result.out)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator", "encode"])
+def test_torchrun_hands_every_option_on(nextscale, kind):
+    """Its parser takes offence at words that begin several of its own options, even those behind the module's name."""
+    from torch.distributed.run import parse_args
+
+    text = "\n".join(nextscale("train", kind, "--help").out)
+    options = sorted(set(re.findall(r"--[a-z][\w.-]*", text)))
+    assert len(options) > 10
+    words = ["nextscale", "train", kind, *options]
+    parsed = parse_args(["--nproc-per-node", "2", "-m", *words])
+    assert [parsed.training_script, *parsed.training_script_args] == words
 
 
 def test_help_does_not_import_torch():
@@ -345,13 +359,14 @@ def test_train_then_train_on_it(nextscale, tmp_path):
     for folder in ("class 1", "robots"):
         (tmp_path / "more" / folder).mkdir(parents=True)
         Image.new("RGB", (90, 90), "red").save(tmp_path / "more" / folder / "a.png")
-    words = ["train", "generator", "--out", "n", "--start", "g", *common[2:], "--data", "more", "--views", 1]
+    words = ["train", "generator", "--out", "n", "--init-from", "g", *common[2:], "--data", "more", "--views", 1]
     result = nextscale(*words)
     assert result.code == 0 and ns.load("n/system").classes == ("class 0", "class 1", "robots"), result.err
     assert "leave out --tokenizer" in nextscale(*words, "--tokenizer", "t").err[-1]
     assert "leave out" in nextscale(*words, "--transformer.depth", 3).err[-1]
     assert (
-        "--lora needs --start" in nextscale("train", "generator", "--out", "m", "--tokenizer", "t", "--lora", 2).err[-1]
+        "--lora needs --init-from"
+        in nextscale("train", "generator", "--out", "m", "--tokenizer", "t", "--lora", 2).err[-1]
     )
     assert nextscale("curves", "t", "g").code == 0
 

@@ -20,11 +20,13 @@ SCRIPT = str(Path(__file__).parent / "train_small.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(kind: str, out: Path, *settings: str) -> subprocess.Popen:
+def start(kind: str, out: Path, *settings: str, restarts: int = 0) -> subprocess.Popen:
     """Two processes of `train_small.py`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
-    command += [kind, str(out), *settings]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), SCRIPT, kind, str(out), *settings]
+    # As docs/several-machines.md says: else processes that are started again find the addresses of dead ones.
+    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def train(kind: str, out: Path, *settings: str, processes: int = 1) -> None:
@@ -85,18 +87,30 @@ def test_recomputed_activations_give_the_same_update(tmp_path):
     torch.testing.assert_close(weights(tmp_path / "again"), weights(tmp_path / "one"), atol=1e-5, rtol=0)
 
 
+def wait_for(process: subprocess.Popen, out: Path, lines: int) -> None:
+    """Until the run has logged so many lines."""
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= lines):
+        time.sleep(0.05)
+
+
 def test_two_processes_stop_together_and_go_on(tmp_path):
     train("generator", tmp_path / "whole", "steps=60", processes=2)
     process = start("generator", tmp_path / "asked", "steps=60")
-    log = tmp_path / "asked" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        time.sleep(0.05)
+    wait_for(process, tmp_path / "asked", lines=8)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     process.communicate(timeout=120)
     assert process.returncode != 0 and not (tmp_path / "asked" / "system").exists()
     assert list((tmp_path / "asked" / "checkpoints").glob("*/state.json"))
     train("generator", tmp_path / "asked", "steps=60", processes=2)
     assert torch.equal(weights(tmp_path / "asked"), weights(tmp_path / "whole"))
+    # One of two is killed, torchrun starts both again, and they go on.
+    process = start("generator", tmp_path / "killed", "steps=60", restarts=1)
+    wait_for(process, tmp_path / "killed", lines=20)
+    os.kill(int((tmp_path / "killed" / "rank-1").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert torch.equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_the_door(tmp_path):

@@ -301,17 +301,25 @@ def test_a_collapsed_scale_is_named_once_on_the_terminal(tmp_path, capsys):
     for item in data.items:
         item["image"] = torch.zeros(3, 32, 32)
     config = CONFIG.model_copy(update={"batch_size": 8})
-    loss = TokenizerLoss(quantize_start=0, restart_every=0, alarm=0.1, init_codes=False)
+    loss = TokenizerLoss(quantize_start=0, restart_every=0, alarm=0.2, init_codes=False)
     ns.train_tokenizer(tiny(), data, config, out=tmp_path, loss=loss)
     said = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if "scale 0 (1x1) has collapsed: it uses 1.0 of 32" in line
+        line for line in capsys.readouterr().err.splitlines() if "scale 0 (1x1) has collapsed: it uses 1.0 of 8" in line
     ]
     assert len(said) == 1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum("alarm" in line and "scale 0" in line["alarm"] for line in lines) == 12
     assert metrics(tmp_path, "train/tokens_per_s")[12] > 0 and metrics(tmp_path, "train/memory_gb")[12] > 0.01
+
+
+def test_a_young_average_raises_no_alarm(tmp_path):
+    """In the first steps few codes can have been seen at all."""
+    loss = TokenizerLoss(quantize_start=0, restart_every=0, alarm=0.3)
+    config = CONFIG.model_copy(update={"batch_size": 1, "steps": 2, "warmup": 0})
+    system = tiny(pyramid=var.PyramidSettings(codebook_size=512, code_dim=8))
+    ns.train_tokenizer(system, DATA, config, out=tmp_path, loss=loss)
+    assert "alarm" not in (tmp_path / "metrics.jsonl").read_text()
+    assert metrics(tmp_path, "train/perplexity/0")[1] == 1  # of 512, but one image has one
 
 
 def test_flop_count_is_that_of_the_matrix_products():

@@ -55,5 +55,7 @@ def main(kind: str, out: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
+    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
+    (Path(sys.argv[2]) / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))  # for those who want to kill it
     torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -55,7 +55,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
     def command(
         out: OutFolder = None,
         data: str = DATA,
-        start: str = "",
+        init_from: str = "",
         losses: str = "",
         recipe: str = RECIPE,
         preset: str = name,
@@ -75,7 +75,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         Args:
             out: folder of the run
             data: openmoji; a folder of images; shards like "photos-{000..012}.tar"; a folder of Hugging Face datasets
-            start: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
+            init_from: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
                 in use from the first step
             losses: those of a published trainer, which replace all of --loss but its files: vaex, llamagen or bitvae
             recipe: the method, by the name of its file in nextscale/recipes
@@ -93,8 +93,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
                 raise ValueError(f"unknown --losses {losses!r}; there are {', '.join(LOSSES)}")
             files = ("lpips_vgg", "lpips_linear", "dino_weights")
             loss = LOSSES[losses].model_copy(update={name: getattr(loss, name) for name in files})
-        if start:
-            built = trained(start, recipe)
+        if init_from:
+            built = trained(init_from, recipe)
             built.model = None
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
@@ -116,7 +116,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         out: OutFolder = None,
         tokenizer: Trained = "",
         sizes: tuple[int, ...] = (),
-        start: str = "",
+        init_from: str = "",
         lora: int = 0,
         data: str = DATA,
         recipe: str = RECIPE,
@@ -141,9 +141,10 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             out: folder of the run
             tokenizer: the tokenizer: the folder of its run, or a system
             sizes: sides of the scales, coarse to fine, where they are others than those that the tokenizer was trained with
-            start: a trained system to go on from, with its tokenizer and its shape; classes of the data that it does not have
-                are added to its own
-            lora: train adapters of this rank instead of all weights (with --start; extra nextscale[lora]); 8 is a good start
+            init_from: a trained system to go on from, with its tokenizer and its shape; classes of the data that it does not
+                have are added to its own
+            lora: train adapters of this rank instead of all weights (with --init-from; extra nextscale[lora]); 8 is a good
+                start
             data: openmoji; a folder with one folder of images a class; shards like "photos-{000..012}.tar"; a folder of
                 Hugging Face datasets
             recipe: the method, that of the tokenizer
@@ -159,19 +160,19 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             sampling: how the system samples by default
         """
         folder = checked("generator", out, train, oversample=oversample, views=views)
-        if start and (tokenizer or sizes or transformer != defaults.transformer or sampling != defaults.sampling):
+        if init_from and (tokenizer or sizes or transformer != defaults.transformer or sampling != defaults.sampling):
             raise ValueError(
-                "--start has its own tokenizer, scales, transformer and sampling; leave out --tokenizer, --sizes, "
+                "--init-from has its own tokenizer, scales, transformer and sampling; leave out --tokenizer, --sizes, "
                 "--transformer.* and --sampling.*"
             )
-        if lora < 0 or (lora and not start):
-            raise ValueError(f"--lora needs --start, a trained system, and a rank of at least 1, got {lora}")
-        if not start and not tokenizer:
+        if lora < 0 or (lora and not init_from):
+            raise ValueError(f"--lora needs --init-from, a trained system, and a rank of at least 1, got {lora}")
+        if not init_from and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
-        base = trained(start or tokenizer, recipe)
+        base = trained(init_from or tokenizer, recipe)
         training, validation = load_data(data, base, oversample, augmentation)
         items, held_out = training.train, validation.val
-        if start:
+        if init_from:
             system = base
             if system.reader is None:
                 system = with_classes(base, training.classes)

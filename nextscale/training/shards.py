@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 def shard(call: nn.Module, module: Any, device: str) -> None:
     """Shard a module over all processes, its blocks one by one; what is used outside of them belongs to `call`, whose
     forward pass must be all that touches the weights."""
+    # What `prepare` returns are views, which nothing changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in module.blocks:
         fully_shard(block, mesh=mesh)

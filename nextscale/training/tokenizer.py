@@ -70,6 +70,7 @@ class TokenizerTask:
         # Running means: logits of real and of made images, and the scale of the adversarial term.
         self.module.register_buffer("logit_means", torch.zeros(2, device=config.device))
         self.module.register_buffer("scale_mean", torch.zeros((), device=config.device))
+        self.remembered = 0  # steps whose codes `usage` knows of, some fifty at most
         self.restarted: Tensor | None = None  # codes that moved in this step
         self.optimizers = {
             "tokenizer": adamw(self.tokenizer, config, keep=("codebook",)),
@@ -99,6 +100,7 @@ class TokenizerTask:
         if not metrics["grad_norm"].isfinite():  # type: ignore[union-attr]  # the step changes nothing
             return metrics
         if quantize:  # after backward, which still needs the old ones
+            self.remembered = min(50, step + 1 - math.ceil(self.loss.quantize_start * self.config.steps))
             rests = [torch.cat(of_scale) for of_scale in zip(*(lesson.rests for lesson in self.lessons), strict=True)]
             tokens = [torch.cat(of_scale) for of_scale in zip(*(lesson.tokens for lesson in self.lessons), strict=True)]
             metrics |= self.count(tokens)
@@ -286,8 +288,7 @@ class TokenizerTask:
         for k, (h, w) in enumerate(self.schedule.sizes):
             if pyramid.codebook is None or f"perplexity/{k}" not in metrics:
                 continue
-            # The average remembers some fifty steps.
-            attainable = min(pyramid.limit(k), 50 * self.config.batch_size * h * w)
+            attainable = min(pyramid.limit(k), self.remembered * self.config.batch_size * h * w)
             perplexity = float(metrics[f"perplexity/{k}"])
             if perplexity < self.loss.alarm * attainable:
                 found.append(
