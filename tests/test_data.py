@@ -15,6 +15,7 @@ from nextscale.data.folder import image_folder
 from nextscale.data.images import image_grid, on_white, read_image_file, read_images, save_images, to_uint8
 from nextscale.data.transforms import PHOTOS, AugmentSettings, augment
 from nextscale.files import atomic_write, cache_dir
+from nextscale.training.loop import collate
 
 OFF = AugmentSettings(mirror=0, shift=0, scale=0, hue=0)
 
@@ -441,6 +442,30 @@ def test_a_crop_is_a_random_window_of_a_larger_image():
     assert twice.shape == cut.shape and (twice - cut).abs().max() < 0.1
     with pytest.raises(ValueError, match="whole multiple of 18 x 18"):
         augment(places[:, :, :16, :16], 16, allowed, numbers, PHOTOS)
+
+
+def test_a_crop_may_lie_anywhere_in_images_of_any_shape(tmp_path):
+    """As in VAR: the short side is resized, the long one keeps its ends, and the window is cut out of all of it."""
+    for name, size in (("wide", (90, 36)), ("tall", (40, 61)), ("square", (50, 50))):
+        ramp = Image.linear_gradient("L").rotate(90 if name == "wide" else 0).resize(size)
+        (tmp_path / name).mkdir()
+        ramp.save(tmp_path / name / "a.png")
+    data = image_folder(tmp_path, 18, whole=True)
+    items = [data.train[i]["image"] for i in range(3)]
+    assert [tuple(image.shape) for image in items] == [(3, 18, 18), (3, 27, 18), (3, 18, 45)]  # square, tall, wide
+    batch = collate([data.train[i % 3] for i in range(300)])
+    assert isinstance(batch["image"], list)
+    numbers = torch.rand(300, PHOTOS.numbers, generator=torch.Generator().manual_seed(0))
+    cut = augment(batch["image"], 16, batch["mirror_ok"], numbers, PHOTOS)
+    assert cut.shape == (300, 3, 16, 16)
+    wide = {tuple(window[0, 0].tolist()) for window in cut[2::3]}
+    left, right = (items[2][0, :, place : place + 16] for place in (0, 29))
+    for edge in (left, right):  # both ends are seen, though the centre square has neither
+        assert any(tuple(row.tolist()) in wide for row in edge[:3])
+    cropped = image_folder(tmp_path, 18).train
+    assert {tuple(cropped[i]["image"].shape) for i in range(3)} == {(3, 18, 18)}
+    with pytest.raises(ValueError, match=r"whole multiple of 16 x 16, got 18 x 18, 18 x 45, 27 x 18"):
+        augment(batch["image"], 16, batch["mirror_ok"], numbers, OFF)
 
 
 def test_greys_and_opacity_are_read_and_shown(tmp_path):

@@ -87,8 +87,17 @@ def test_missing_and_damaged_shards_are_named(shards, tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         ns.web_shards(tmp_path / "empty.tar")
     write(tmp_path / "broken.tar", {"1.png": b"no picture", "1.cls": b"0"})
-    with pytest.raises(ValueError, match=r"1 in .*broken\.tar cannot be read as an image"):
-        ns.web_shards(tmp_path / "broken.tar", 8).train[0]
+    with pytest.raises(ValueError, match="none of its 1 image files can be read"), pytest.warns(UserWarning):
+        ns.web_shards(tmp_path / "broken.tar", 8)
+    members = {"1.png": png(1), "1.cls": b"0", "2.png": png(2)[:-30], "2.cls": b"1", "3.png": png(3), "3.cls": b"2"}
+    write(tmp_path / "cut.tar", members)
+    with pytest.warns(
+        UserWarning, match=r"(?s)1 of 3 image files .* cannot be read.*2 in .*cut\.tar.*they are skipped"
+    ):
+        data = ns.web_shards(tmp_path / "cut.tar", 8)
+    assert [data.train[i]["name"] for i in range(2)] == ["1", "3"] and len(data.classes) == 3
+    with pytest.raises(ValueError, match='pass broken="skip"'):
+        ns.web_shards(tmp_path / "cut.tar", 8, broken="refuse")
 
 
 class Rows:
@@ -133,5 +142,10 @@ def test_a_folder_of_the_datasets_library(tmp_path):
     data = ns.hub_images(tmp_path / "saved", 16, validation=0.2)
     assert (len(data.train), len(data.val), data.classes) == (8, 2, ("cat", "dog"))
     assert data.train[0]["image"].shape == (3, 16, 16)
-    whole = ns.hub_images(loaded, 16)
-    assert torch.equal(whole.train[0]["image"], ns.read_images(tmp_path / "files" / "cat" / "0.png", 16)[0])
+    every = ns.hub_images(loaded, 16)
+    assert torch.equal(every.train[0]["image"], ns.read_images(tmp_path / "files" / "cat" / "0.png", 16)[0])
+    file = tmp_path / "files" / "dog" / "3.png"
+    file.write_bytes(file.read_bytes()[:60])
+    broken = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "files"), cache_dir=str(tmp_path / "again"))
+    with pytest.warns(UserWarning, match=r"(?s)1 of 10 image files in the data cannot be read.*row \d cannot be read"):
+        assert len(ns.hub_images(broken, 16).train) == 9

@@ -465,6 +465,13 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     assert skipped[6] == 1 and sum(skipped.values()) == 1
 
 
+def test_without_held_out_images_nothing_is_judged(tmp_path):
+    for train in (ns.train_tokenizer, ns.train_model):
+        out = tmp_path / train.__name__
+        train(tiny(), DATA, CONFIG, out=out, val=Squares(0))
+        assert "val/" not in (out / "metrics.jsonl").read_text() and (out / "system" / "config.json").is_file()
+
+
 def test_images_of_another_size_are_refused_at_the_door(tmp_path):
     with pytest.raises(ValueError, match=r"\(32, 32\), got training images of \(16, 16\)"):
         ns.train_tokenizer(tiny(), Squares(4, size=16), CONFIG, out=tmp_path)

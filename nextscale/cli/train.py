@@ -191,7 +191,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             items,
             train,
             out=folder,
-            val=held_out if len(held_out) else None,
+            val=held_out,
             loss=loss,
             augmentation=augmentation,
             views=views,
@@ -318,6 +318,6 @@ def load_data(data: str, system: System, oversample: int, augmentation: AugmentS
         from nextscale.data.folder import image_folder as read  # type: ignore[assignment]
     options: dict[str, Any] = {"channels": channels, "validation": 0.1}
     with warnings.catch_warnings():
-        training = read(data, larger, **options)
+        training = read(data, larger, whole=augmentation.crop > 1, **options)  # a window is cut out of all of it
         warnings.simplefilter("ignore")  # what there is to say has been said
         return training, read(data, size, **options)

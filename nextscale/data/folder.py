@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nextscale.data.images import Size, height_width, read_image_file, readable_extensions, to_float
+from nextscale.data.check import Broken, sound
+from nextscale.data.images import Size, examine_image, height_width, read_image_file, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
@@ -26,13 +26,21 @@ class FolderDataset(Dataset[dict[str, Any]]):
     mirroring off). Attributes: `paths`, `numbers` (class numbers), `classes`, `size` (H, W), `channels`.
     """
 
-    def __init__(self, paths: list[Path], numbers: list[int], classes: tuple[str, ...], size: Size, channels: int = 3):
+    def __init__(
+        self,
+        paths: list[Path],
+        numbers: list[int],
+        classes: tuple[str, ...],
+        size: Size,
+        channels: int = 3,
+        whole: bool = False,
+    ) -> None:
         if len(paths) != len(numbers):
             raise ValueError(f"expected one class number for each file, got {len(paths)} files, {len(numbers)} numbers")
         self.paths = paths
         self.numbers = numbers
         self.classes = classes
-        self.size, self.channels = height_width(size), channels
+        self.size, self.channels, self.whole = height_width(size), channels, whole
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -42,7 +50,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         path, label = self.paths[index], self.numbers[index]
         return {
-            "image": to_float(read_image_file(path, self.size, self.channels)),
+            "image": to_float(read_image_file(path, self.size, self.channels, whole=self.whole)),
             "label": label,
             "labels": (label,),
             "caption": path.stem,
@@ -52,7 +60,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
 
     @cached_property
     def images(self) -> Tensor:
-        """All images as uint8 [N, C, H, W], read on first use and kept: 12 kB for each colour image of 64 x 64."""
+        """All images as uint8 [N, C, H, W], read on first use and kept: 12 kB for each colour image of 64 x 64; cropped."""
         images = torch.empty(len(self), self.channels, *self.size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             reading = pool.map(lambda path: read_image_file(path, self.size, self.channels), self.paths)
@@ -76,7 +84,8 @@ def image_folder(
     size: Size = 64,
     *,
     channels: int = 3,
-    broken: Literal["skip", "refuse"] = "skip",
+    whole: bool = False,
+    broken: Broken = "skip",
     validation: float = 0.0,
     progress: bool = True,
 ) -> ImageFolder:
@@ -84,15 +93,14 @@ def image_folder(
 
     The class of an image is the subfolder of `path` that it is in, at any depth; a folder that holds images and no
     subfolders with images is one class with the folder's name. Hidden files are left out.
-    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. Images that are smaller than `size` are
-    enlarged, with a warning. `broken`: "skip" leaves damaged files out with a warning, "refuse" raises ValueError with
-    their names. `validation`: share held out, in [0, 1), by content, so that copies of a file are never on both sides.
+    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. `whole`: images are not cropped, so as large as
+    they must be to cover `size`. Images that are smaller are enlarged, with a warning. `broken`: "skip" leaves damaged files
+    out with a warning, "refuse" raises ValueError with their names. `validation`: share held out, in [0, 1), by content, so
+    that copies of a file are never on both sides.
     Raises FileNotFoundError if there is no such folder, ValueError if it has no readable image.
     """
     root = Path(path)
     height_width(size)
-    if broken not in ("skip", "refuse"):
-        raise ValueError(f'broken: expected "skip" or "refuse", got {broken!r}')
     if not 0 <= validation < 1:
         raise ValueError(f"validation: expected a share in [0, 1), got {validation!r}; 0.1 holds out a tenth")
     if not root.exists():
@@ -101,25 +109,7 @@ def image_folder(
         raise ValueError(f"expected a folder of images, got the file {root}; for single files use read_images")
 
     found, classes = _find(root)
-    checks = _check([file for file, _ in found], progress)
-    bad = {file: answer for (file, _), answer in zip(found, checks, strict=True) if isinstance(answer, str)}
-    if bad:
-        shown = "".join(f"\n  {reason}" for reason in list(bad.values())[:10])
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        text = f"{len(bad)} of {len(found)} image files in {root} cannot be read:{shown}{more}"
-        if broken == "refuse":
-            raise ValueError(f'{text}\nreplace or remove them, or pass broken="skip" to go on without them')
-        warnings.warn(f"{text}\nthey are skipped", stacklevel=2)
-    kept = [(file, number) for file, number in found if file not in bad]
-    if not kept:
-        raise ValueError(f"{root}: expected images, but none of its {len(found)} image files can be read; replace them")
-    small = [side for side in checks if isinstance(side, int) and side < max(height_width(size))]
-    if small:
-        warnings.warn(
-            f"{len(small)} of {len(kept)} images in {root} are smaller than {max(height_width(size))} pixels (down to "
-            f"{min(small)}) and are enlarged, so they are blurred; take larger ones, or train at a smaller size",
-            stacklevel=2,
-        )
+    kept = sound(found, lambda one: examine_image(one[0], str(one[0])), str(root), size, broken, progress)
     empty = sorted(set(range(len(classes))) - {number for _, number in kept})
     if empty:
         names = ", ".join(classes[number] for number in empty[:10])
@@ -136,6 +126,7 @@ def image_folder(
             classes,
             size,
             channels,
+            whole,
         )
         for side in (False, True)
     )
@@ -177,28 +168,6 @@ def _find(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
         f"{root}: expected images (.png, .jpg, .webp, ...) in subfolders, one for each class, or directly in it; got "
         f"{len(children)} entries and no image; check the path"
     )
-
-
-def _check(files: list[Path], progress: bool) -> list[str | int]:
-    """What is wrong with each file, or its shorter side if it decodes. The reader is the one that `__getitem__` uses."""
-    from tqdm import tqdm
-
-    def check(file: Path) -> str | int:
-        try:
-            read_image_file(file, 8)
-            with Image.open(file) as image:
-                return min(image.size)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(total=len(files), desc="checking images", delay=2, disable=not progress)
-        with bar:
-            answers = []
-            for answer in pool.map(check, files):
-                answers.append(answer)
-                bar.update()
-    return answers
 
 
 def _position(file: Path) -> float:

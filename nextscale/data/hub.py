@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from nextscale.data.images import Size, decode_image, height_width, to_float
+from nextscale.data.check import Broken, sound
+from nextscale.data.images import Size, decode_image, examine_image, height_width, to_float
 
 
 class HubDataset(Dataset[dict[str, Any]]):
@@ -20,9 +21,16 @@ class HubDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, rows: Any, size: Size, image: str, label: str | None, caption: str | None, channels: int = 3
+        self,
+        rows: Any,
+        size: Size,
+        image: str,
+        label: str | None,
+        caption: str | None,
+        channels: int = 3,
+        whole: bool = False,
     ) -> None:
-        self.rows, self.size, self.channels = rows, height_width(size), channels
+        self.rows, self.size, self.channels, self.whole = rows, height_width(size), channels, whole
         self.image, self.label, self.caption = image, label, caption
 
     def __len__(self) -> int:
@@ -31,8 +39,9 @@ class HubDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
         label = 0 if self.label is None else int(row[self.label])
+        image = decode_image(row[self.image], self.size, f"row {index}", self.channels, whole=self.whole)
         return {
-            "image": to_float(decode_image(row[self.image], self.size, f"row {index}", self.channels)),
+            "image": to_float(image),
             "label": label,
             "labels": (label,),
             "caption": "" if self.caption is None else str(row[self.caption]),
@@ -58,7 +67,10 @@ def hub_images(
     label: str | None = "label",
     caption: str | None = None,
     channels: int = 3,
+    whole: bool = False,
+    broken: Broken = "skip",
     validation: float = 0.0,
+    progress: bool = True,
     seed: int = 0,
 ) -> HubImages:
     """Take images from `datasets.load_dataset(...)`, or from a folder that `save_to_disk` wrote.
@@ -67,6 +79,8 @@ def hub_images(
         source: a `datasets.Dataset`, a `DatasetDict` with `train` (and `validation` or `test`), or the path of a folder.
         size: side of a square, or (height, width); short sides are resized, centres cropped.
         channels: 3, colours on white; 1, greys on white; 4, colours and opacity.
+        whole: images are not cropped, so as large as they must be to cover `size`.
+        broken: "skip" leaves damaged images out with a warning, "refuse" raises ValueError with their names.
         image, label, caption: names of the columns; `label=None`: one class.
         validation: share held out at random where the source has no split of its own.
 
@@ -103,5 +117,22 @@ def hub_images(
     if names is None:
         count = 1 if label is None else 1 + max(source[label])
         names = [str(i) for i in range(count)]
-    train, val = (HubDataset(rows, size, image, label, caption, channels) for rows in (source, held_out))
+    train, val = (
+        HubDataset(_sound(rows, image, size, broken, progress), size, image, label, caption, channels, whole)
+        for rows in (source, held_out)
+    )
     return HubImages(train, val, tuple(names), size)
+
+
+def _sound(rows: Any, image: str, size: Size, broken: Broken, progress: bool) -> Any:
+    """The rows whose images can be read."""
+
+    def examine(index: int) -> int:
+        try:
+            picture = rows[index][image]  # the library decodes it
+        except OSError as error:
+            raise ValueError(f"row {index} cannot be read as an image ({error})") from error
+        return examine_image(picture, f"row {index}")
+
+    kept = sound(range(len(rows)), examine, "the data", size, broken, progress) if len(rows) else []
+    return rows if len(kept) == len(rows) else rows.select(kept)

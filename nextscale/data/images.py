@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ def height_width(size: Size) -> tuple[int, int]:
     return pair
 
 
-def read_image_file(path: PathLike, size: Size, channels: int = 3) -> Tensor:
+def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: bool = False) -> Tensor:
     """One image file as uint8 [C, h, w]: turned upright (EXIF), short side resized (Lanczos), centre-cropped.
 
-    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. Any format that Pillow reads; of an animation
-    the first frame. Raises FileNotFoundError, PermissionError, and ValueError for a file that is no image, is damaged, or is
-    larger than Pillow's decompression-bomb limit.
+    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. `whole`: not cropped, so as large as it must
+    be to cover `size`. Any format that Pillow reads; of an animation the first frame. Raises FileNotFoundError,
+    PermissionError, and ValueError for a file that is no image, is damaged, or is larger than Pillow's decompression-bomb
+    limit.
     """
     path = Path(path)
     if not path.exists():
@@ -39,21 +42,43 @@ def read_image_file(path: PathLike, size: Size, channels: int = 3) -> Tensor:
     if not path.is_file():
         raise ValueError(f"expected an image file, got {path}, which is a folder or a device; name the files in it")
     try:
-        return decode_image(path, size, str(path), channels)
+        return decode_image(path, size, str(path), channels, whole=whole)
     except PermissionError as error:
         raise PermissionError(error.errno, f"cannot read {path}: no permission; check its mode", str(path)) from error
 
 
-def decode_image(source: Any, size: Size, name: str, channels: int = 3) -> Tensor:
+def decode_image(source: Any, size: Size, name: str, channels: int = 3, *, whole: bool = False) -> Tensor:
     """As `read_image_file`, of a path, an open file or a Pillow image; `name` says in errors what it is."""
     height, width = height_width(size)
     if channels not in MODES:
         raise ValueError(f"channels: expected 1 (grey), 3 (colour) or 4 (with opacity), got {channels!r}")
+    with _opened(source, name) as image:
+        upright = ImageOps.exif_transpose(_with_opacity(image) if channels == 4 else _on_white(image))
+        if whole:  # the side that is too long keeps its ends, rounded down as torchvision's Resize does
+            factor = max(Fraction(width, upright.width), Fraction(height, upright.height))
+            covering = int(upright.width * factor), int(upright.height * factor)
+            fitted = upright.resize(covering, Image.Resampling.LANCZOS)
+        else:
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        pixels = np.array(fitted.convert(MODES[channels]))
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()  # [C, h, w]
+
+
+def examine_image(source: Any, name: str) -> int:
+    """Decode all of an image, as cheaply as its format allows; returns its shorter side. Errors as in `decode_image`."""
+    with _opened(source, name) as image:
+        side = min(image.size)
+        image.draft("RGB", (8, 8))  # a JPEG is read whole, but only an eighth of its pixels are made
+        _on_white(image)
+        return side
+
+
+@contextmanager
+def _opened(source: Any, name: str) -> Iterator[Image.Image]:
+    """A path, an open file or a Pillow image as the last; what goes wrong in the block is one kind of error."""
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
-            upright = ImageOps.exif_transpose(_with_opacity(image) if channels == 4 else _on_white(image))
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS).convert(MODES[channels])
-            return torch.from_numpy(np.array(fitted)).view(height, width, -1).permute(2, 0, 1).contiguous()  # [C, h, w]
+            yield image
     except PermissionError:
         raise
     # Pillow's readers answer damaged data with whatever their parsing meets (OSError, SyntaxError, struct.error, ...).

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nextscale.data.images import Size, decode_image, height_width, readable_extensions, to_float
+from nextscale.data.check import Broken, sound
+from nextscale.data.images import Size, decode_image, examine_image, height_width, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
@@ -43,11 +46,17 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, paths: list[Path], places: list[Place], classes: tuple[str, ...], size: Size, channels: int = 3
+        self,
+        paths: list[Path],
+        places: list[Place],
+        classes: tuple[str, ...],
+        size: Size,
+        channels: int = 3,
+        whole: bool = False,
     ) -> None:
-        self.paths, self.places, self.classes, self.channels = paths, places, classes, channels
-        self.size = height_width(size)
-        self._files: dict[tuple[int, int], Any] = {}  # open shards, by process and number
+        self.paths, self.places, self.classes = paths, places, classes
+        self.size, self.channels, self.whole = height_width(size), channels, whole
+        self._files: dict[tuple[int, int, int], Any] = {}  # open shards, by process, thread and number
 
     def __len__(self) -> int:
         return len(self.places)
@@ -56,20 +65,31 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         place = self.places[index]
-        key = os.getpid(), place.shard  # a file that was open before a fork shares its position
-        if key not in self._files:
-            self._files[key] = self.paths[place.shard].open("rb")
-        file = self._files[key]
-        file.seek(place.start)
+        image = io.BytesIO(self.read(place))
         source = f"{place.name} in {self.paths[place.shard]}"
         return {
-            "image": to_float(decode_image(io.BytesIO(file.read(place.length)), self.size, source, self.channels)),
+            "image": to_float(decode_image(image, self.size, source, self.channels, whole=self.whole)),
             "label": place.label,
             "labels": (place.label,),
             "caption": place.caption,
             "name": place.name,
             "mirror_ok": True,
         }
+
+    def read(self, place: Place) -> bytes:
+        """The file of an image."""
+        # A file that was open before a fork shares its position, and one that several threads use has none.
+        key = os.getpid(), threading.get_ident(), place.shard
+        if key not in self._files:
+            self._files[key] = self.paths[place.shard].open("rb")
+        file = self._files[key]
+        file.seek(place.start)
+        return file.read(place.length)
+
+    def close(self) -> None:
+        """Close the shards; reading opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
@@ -97,6 +117,8 @@ def web_shards(
     size: Size = 64,
     *,
     channels: int = 3,
+    whole: bool = False,
+    broken: Broken = "skip",
     validation: float = 0.0,
     progress: bool = True,
 ) -> Shards:
@@ -106,6 +128,8 @@ def web_shards(
         pattern: paths of tar files, or one with `{000..012}` or `*`; an uncompressed .tar each.
         size: side of a square, or (height, width); short sides are resized, centres cropped.
         channels: 3, colours on white; 1, greys on white; 4, colours and opacity.
+        whole: images are not cropped, so as large as they must be to cover `size`.
+        broken: "skip" leaves damaged images out with a warning, "refuse" raises ValueError with their names.
         validation: share held out, in [0, 1), by name.
 
     The label of an image is its `.cls` (a whole number) or `label` in its `.json` (a number or a name), its caption its `.txt`
@@ -136,11 +160,17 @@ def web_shards(
         for sample, label in zip(samples, labels, strict=True)
         if (where := sample.image) is not None
     ]
+    with closing(ShardDataset(paths, places, classes, size)) as every:
+
+        def examine(place: Place) -> int:
+            return examine_image(io.BytesIO(every.read(place)), f"{place.name} in {paths[place.shard]}")
+
+        places = sound(places, examine, "the shards", size, broken, progress)
     held_out = [validation > 0 and split_position(place.name) < validation for place in places]
     parts = [[p for p, held in zip(places, held_out, strict=True) if held == side] for side in (False, True)]
     if not parts[0]:
         raise ValueError(f"validation={validation} holds out all {len(places)} images; add images or lower the share")
-    train, val = (ShardDataset(paths, part, classes, size, channels) for part in parts)
+    train, val = (ShardDataset(paths, part, classes, size, channels, whole) for part in parts)
     return Shards(train, val, classes, size)
 
 

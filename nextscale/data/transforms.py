@@ -1,6 +1,7 @@
 """Augmentation of a batch of drawings on white; every random number is passed in."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -37,24 +38,26 @@ class AugmentSettings(Settings):
         return round(height * self.crop), round(width * self.crop)
 
 
-# VAR's for photographs: read 1.125 times larger (by the short side, the centre square), cut a random window; mirroring is
-# optional there, and off. VAR cuts from the whole image, not from its centre square.
+# VAR's for photographs: short side read 1.125 times larger, a random window cut out; mirroring is optional there, and off.
 PHOTOS = AugmentSettings(mirror=0.0, shift=0.0, scale=0.0, hue=0.0, crop=1.125)
 
 
-def augment(images: Tensor, size: Size, mirror_ok: Tensor, numbers: Tensor, settings: AugmentSettings) -> Tensor:
+def augment(
+    images: Tensor | Sequence[Tensor], size: Size, mirror_ok: Tensor, numbers: Tensor, settings: AugmentSettings
+) -> Tensor:
     """Crop, mirror, scale, shift and recolour each image on its own, then average down to `size`.
 
     `images`: float [B, C, H, W] in [-1, 1] on white, H and W the same whole multiple of `settings.read_size(size)`: pictures
-    at twice the size keep their edges crisp. `mirror_ok`: bool [B]. `numbers`: uniform in [0, 1), [B, settings.numbers].
+    at twice the size keep their edges crisp. Where a window is cut out (`settings.crop`), one side may be longer, and images
+    may be a list of [C, H, W]. `mirror_ok`: bool [B]. `numbers`: uniform in [0, 1), [B, settings.numbers].
     Returns [B, C, h, w]. All strengths zero: the average alone.
     """
-    factor = _check(images, settings.read_size(size), mirror_ok)
-    flip, zoom, *shift, turned, turn = numbers[:, :6].to(images.device).unbind(1)  # [B] each
+    factor = _check(images, settings, size, mirror_ok)
     if settings.crop > 1:
         height, width = (factor * side for side in height_width(size))
         images = _cut(images, (height, width), numbers[:, 6:])
-
+    assert isinstance(images, Tensor)
+    flip, zoom, *shift, turned, turn = numbers[:, :6].to(images.device).unbind(1)  # [B] each
     mirrored = (flip < settings.mirror) & mirror_ok.to(images.device)
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     if settings.scale or settings.shift:
@@ -67,13 +70,13 @@ def augment(images: Tensor, size: Size, mirror_ok: Tensor, numbers: Tensor, sett
     return avg_pool2d(images, factor) if factor > 1 else images
 
 
-def _cut(images: Tensor, size: tuple[int, int], numbers: Tensor) -> Tensor:
+def _cut(images: Tensor | Sequence[Tensor], size: tuple[int, int], numbers: Tensor) -> Tensor:
     """A window of `size` out of each image, at a place that two numbers in [0, 1) choose (y, x)."""
-    room = torch.tensor(images.shape[2:]) - torch.tensor(size)
-    corners = (numbers.cpu() * (room + 1)).long().tolist()
-    return torch.stack(
-        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(images, corners, strict=True)]
-    )
+    windows = []
+    for image, (y, x) in zip(images, numbers.tolist(), strict=True):
+        top, left = int(y * (image.shape[1] - size[0] + 1)), int(x * (image.shape[2] - size[1] + 1))
+        windows.append(image[:, top : top + size[0], left : left + size[1]])
+    return torch.stack(windows)
 
 
 def _move(images: Tensor, zoom: Tensor, offset: Tensor) -> Tensor:
@@ -103,16 +106,34 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
     return torch.where(grey | (angle == 0)[:, None, None, None], images, colours)
 
 
-def _check(images: Tensor, size: Size, mirror_ok: Tensor) -> int:
-    height, width = height_width(size)
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"expected float images [B, C, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")
-    factor = images.shape[2] // height
-    if factor < 1 or images.shape[2:] != (factor * height, factor * width):
+def _check(images: Tensor | Sequence[Tensor], settings: AugmentSettings, size: Size, mirror_ok: Tensor) -> int:
+    """How many times larger the images are than they are wanted."""
+    height, width = settings.read_size(size)
+    many = isinstance(images, Tensor) and images.ndim == 4
+    if not many and (isinstance(images, Tensor) or not len(images) or any(image.ndim != 3 for image in images)):
+        raise ValueError(f"expected images [B, C, H, W] or a list of [C, H, W], got {_kind(images)}")
+    if not all(image.is_floating_point() for image in images):
+        raise ValueError(f"expected float images in [-1, 1], got {_kind(images)}")
+    sides = {tuple(image.shape[1:]) for image in (images[:1] if isinstance(images, Tensor) else images)}
+    factors = {min(h // height, w // width) for h, w in sides}
+    factor = min(factors)
+    longer = settings.crop > 1  # one side may be, where a window is cut out
+    fits = all(
+        (h, w) == (factor * height, factor * width) or (longer and (h == factor * height or w == factor * width))
+        for h, w in sides
+    )
+    if factor < 1 or len(factors) > 1 or not fits:
+        got = ", ".join(f"{h} x {w}" for h, w in sorted(sides)[:3])
         raise ValueError(
-            f"expected images at a whole multiple of {height} x {width}, got {images.shape[2]} x {images.shape[3]}; "
-            "render or resize them to one"
+            f"expected images at a whole multiple of {height} x {width}"
+            f"{' (one side may be longer)' if longer else ''}, got {got}; render or resize them to one"
         )
     if mirror_ok.shape != (len(images),) or mirror_ok.dtype != torch.bool:
         raise ValueError(f"mirror_ok: expected bool [{len(images)}], got {mirror_ok.dtype} {list(mirror_ok.shape)}")
     return factor
+
+
+def _kind(images: Tensor | Sequence[Tensor]) -> str:
+    if isinstance(images, Tensor):
+        return f"{images.dtype} {list(images.shape)}"
+    return f"a list of {', '.join(_kind(image) for image in images[:3])}"

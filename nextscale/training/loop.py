@@ -201,9 +201,10 @@ def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images and flags become tensors, everything else a list with one entry an image."""
+    """Images of one size and flags become tensors, everything else a list with one entry an image."""
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    batch["image"] = torch.stack(batch["image"])
+    if len({image.shape for image in batch["image"]}) == 1:
+        batch["image"] = torch.stack(batch["image"])
     batch["mirror_ok"] = torch.tensor(batch.get("mirror_ok", [False] * len(items)))
     return batch
 

@@ -39,7 +39,7 @@ def train_tokenizer(
     Args:
         data: items are dicts with `image` [3, H, W] in [-1, 1] of the system's size, or of a whole multiple of it with
             `augmentation` (and `augmentation.crop` times larger).
-        val: items with `image` of the system's size; judged every `validate_every` steps.
+        val: items with `image` of the system's size, which are judged every `validate_every` steps; None or empty: none.
         out: folder of the run; `out/system` holds the result, which `ns.load` reads.
 
     Returns the system, with the averaged weights.
@@ -57,7 +57,7 @@ def train_tokenizer(
         draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
         return (transform(batch, draws) if transform else batch)["image"]
 
-    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, val, first_images, team)
+    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, _some(val), first_images, team)
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     fit(task, data, config, out, "tokenizer", settings, transform, team)
     if team.leads:
@@ -111,6 +111,7 @@ def train_model(
         strict=cache is not None,
         team=team,
     )
+    val = _some(val)
     held_out = None if val is None else encode_images(system, val, out / "encoded-val", team=team)
     if encoded.texts is None:
         known, most = system.need_model().conditioner.num_classes, int(encoded.labels.max())
@@ -155,6 +156,11 @@ def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     team = Team.of_environment()
     team.pieces(config.batch_size, config.accumulate)
     return team, config.model_copy(update={"device": team.own_device(config.device)})
+
+
+def _some(val: Dataset | None) -> Dataset | None:
+    """None for a data set without images: of a few, none may be held out."""
+    return val if val is not None and len(val) else None  # type: ignore[arg-type]
 
 
 def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | None) -> None:

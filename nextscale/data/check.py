@@ -1,0 +1,67 @@
+"""A look at every image before training: which cannot be read, which are too small."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+from tqdm import tqdm
+
+from nextscale.data.images import Size, height_width
+
+T = TypeVar("T")
+Broken = Literal["skip", "refuse"]
+
+
+def sound(
+    items: Sequence[T],
+    examine: Callable[[T], int],
+    where: str,
+    size: Size,
+    broken: Broken,
+    progress: bool,
+) -> list[T]:
+    """The items that can be read; `examine(item)` returns an image's shorter side or raises.
+
+    `where` the items are, for what is said. Damaged ones: "skip" leaves them out with a warning, "refuse" raises ValueError
+    with their names. Also warns of images that are smaller than `size`. Raises ValueError if none can be read.
+    """
+    if broken not in ("skip", "refuse"):
+        raise ValueError(f'broken: expected "skip" or "refuse", got {broken!r}')
+
+    def answer(item: T) -> str | int:
+        try:
+            return examine(item)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        bar = tqdm(total=len(items), desc="checking images", delay=2, disable=not progress)
+        answers = []
+        with bar:
+            for found in pool.map(answer, items):
+                answers.append(found)
+                bar.update()
+    if bad := [found for found in answers if isinstance(found, str)]:
+        shown = "".join(f"\n  {reason}" for reason in bad[:10])
+        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
+        text = f"{len(bad)} of {len(items)} image files in {where} cannot be read:{shown}{more}"
+        if broken == "refuse":
+            raise ValueError(f'{text}\nreplace or remove them, or pass broken="skip" to go on without them')
+        warnings.warn(f"{text}\nthey are skipped", stacklevel=3)
+    kept = [item for item, found in zip(items, answers, strict=True) if not isinstance(found, str)]
+    if not kept:
+        raise ValueError(
+            f"{where}: expected images, but none of its {len(items)} image files can be read; replace them"
+        )
+    least = max(height_width(size))
+    if small := [side for side in answers if isinstance(side, int) and side < least]:
+        warnings.warn(
+            f"{len(small)} of {len(kept)} images in {where} are smaller than {least} pixels (down to {min(small)}) and are "
+            "enlarged, so they are blurred; take larger ones, or train at a smaller size",
+            stacklevel=3,
+        )
+    return kept
