@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d
 from nextscale.cli.bench import fastest
 from nextscale.recipes.generators import var
 from nextscale.training.draws import Draws, Part, generator_for
+from nextscale.training.memory import keep_freed_memory
 from nextscale.training.settings import TokenizerLoss, TrainConfig
 from nextscale.training.tokenizer import TokenizerTask
 
@@ -28,6 +29,7 @@ def main(batch: int = 32, steps: int = 10, precision: Literal["float32", "bfloat
         steps: timed, after three that are not; the fastest counts
         precision: of convolutions
     """
+    keep_freed_memory()  # as `nextscale train` does
     system = var.build(var.emoji_64(), model=False)
     height, width = system.image_size
     config = TrainConfig(steps=steps + 3, batch_size=batch, precision=precision)

@@ -121,7 +121,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
 
     from nextscale.recipes.generators import var
     from nextscale.training.generator import flop_per_image
-    from nextscale.training.loop import peak_memory
+    from nextscale.training.memory import peak_memory
 
     if threads:
         torch.set_num_threads(threads)

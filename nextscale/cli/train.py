@@ -14,6 +14,7 @@ from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.settings import SamplingDefaults
 from nextscale.system import System, find_recipe
 from nextscale.training.finetune import Relabelled, with_classes
+from nextscale.training.memory import keep_freed_memory
 from nextscale.training.settings import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     app.command(name="tokenizer")(tokenizer_command(recipe, name, preset, drawings))
     app.command(name="generator")(generator_command(recipe, name, preset, drawings))
     app.command(name="encode")(encode_command(drawings))
+    keep_freed_memory()
     app.cli(prog="nextscale train", description="Train a tokenizer, then a generator on it.", args=list(arguments))
 
 

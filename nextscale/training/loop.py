@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.draws import Draws, Part, generator_for
 from nextscale.training.log import RunLog
+from nextscale.training.memory import peak_memory
 from nextscale.training.rates import learning_rate, weight_decay
 from nextscale.training.resume import resume, save_state
 from nextscale.training.settings import TrainConfig
@@ -314,18 +314,6 @@ def fit(
     if average:
         average.swap()
     return task.module.eval()
-
-
-def peak_memory(device: str) -> float:
-    """Most memory in use so far, in GB: of the accelerator, or else of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _agree(team: Team, metrics: Mapping[str, Tensor | float], stop: bool) -> tuple[bool, bool]:
