@@ -1,5 +1,6 @@
 """Where files go and how they get there: the cache folder, and writes that are whole or absent."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,13 +21,21 @@ def cache_dir() -> Path:
     return base / "nextscale"
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space (or of what the user may take of it)."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # The writer of safetensors says it in words alone.
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file beside `path`; when the block ends well it replaces `path`, else it is removed.
 
     Readers see the old file or the new one, never a half; two writers at once leave one of their files, whole.
     Parent folders are created. The temporary name keeps the suffix of `path`, so writers that go by it work.
-    Raises PermissionError if the folder cannot be written, ValueError if `path` is a folder or its parent is a file.
+    Raises PermissionError if the folder cannot be written, ValueError if `path` is a folder or its parent is a file, OSError
+    (ENOSPC) if the disk is full.
 
         with atomic_write("a/grid.png") as temporary:
             image.save(temporary)
@@ -60,9 +69,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         _apply_default_mode(temporary, target)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if disk_full(error):
+            message = f"no space left to write {path}; free some space and give the same command again"
+            raise OSError(errno.ENOSPC, message, str(path)) from error
         raise
     sync_folder(target.parent)
 

@@ -10,6 +10,7 @@ from small import small
 from torch.utils.data import Dataset
 
 import nextscale as ns
+from nextscale.checkpoint import save_weights
 from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
 from nextscale.training import checkpoints, encoded, loop
@@ -416,8 +417,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(OSError, match=r"step 2 .* that of step 1 is whole"):
+        said = r"no space left .* the checkpoint of step 1 in .* is whole: free some space"
+        with pytest.raises(OSError, match=said), kept.disk_full_explained():
             kept.save({"x": torch.zeros(1_000_000)}, 2)
+        with pytest.raises(OSError, match=r"no space left to write .*x\.safetensors; free some space"):
+            save_weights(torch.nn.Linear(1000, 1000), tmp_path.parent / "x.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nextscale.files import atomic_write, sync_folder
+from nextscale.files import atomic_write, disk_full, sync_folder
 from nextscale.training.team import Team
 
 FACTS = "state.json"
@@ -66,7 +66,7 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], step: int, score: float | None = None, **facts: Any) -> None:
         """Write the state after `step` steps; `score`: of its validation, higher is better; `facts`: what JSON can say.
 
-        A full disk raises OSError and leaves all earlier checkpoints as they are.
+        What fails, on a full disk for example, leaves all earlier checkpoints as they are.
         """
         path, partial = self.folder / f"{step:08}", self.folder / f".{step:08}"
         try:
@@ -81,18 +81,10 @@ class Checkpoints:
                 _remove(path)
                 os.replace(partial, path)
                 sync_folder(self.folder)
-        except OSError as error:
+        except OSError:
             if self.team.leads:
                 _remove(partial)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            last = max(self._complete(), default=None)
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left for the checkpoint of step {step} in {self.folder}; "
-                + (f"that of step {last} is whole: " if last is not None else "")
-                + "free some space and give the same command again",
-            ) from error
+            raise
         if self.team.leads:
             self._prune()
 
@@ -105,6 +97,22 @@ class Checkpoints:
                 return found
             warnings.warn(f"the checkpoint {found.path} is damaged; the one before it is used", stacklevel=2)
         return None
+
+    @contextmanager
+    def disk_full_explained(self) -> Iterator[None]:
+        """Where a full disk ends the block, say what is safe and what to do."""
+        try:
+            yield
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            last = max(self._complete(), default=None)
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left ({error}); "
+                + (f"the checkpoint of step {last} in {self.folder} is whole: " if last is not None else "")
+                + "free some space and give the same command again",
+            ) from error
 
     def best_score(self) -> float | None:
         """The highest score of a checkpoint so far."""

@@ -258,7 +258,7 @@ def fit(
 
     task.module.train()  # a system comes in eval mode
     best, skipped = checkpoints.best_score(), 0
-    with torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
+    with checkpoints.disk_full_explained(), torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
         started = time.perf_counter()
         for step, batch in enumerate(loader, start=first):
             # dropout draws from torch's own generator
