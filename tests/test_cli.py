@@ -635,7 +635,7 @@ def test_failed_write_leaves_nothing(nextscale, system, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     result = nextscale("sample", "--system", system, "--count", 1)
-    assert result.code == 2 and result.err[-1].startswith("error: No space left on device")
+    assert result.code == 2 and result.err[-1].startswith("error: no space left to write grid.png; free some space")
     assert os.listdir() == []
 
 
