@@ -10,11 +10,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
+from nextscale.cli.train import load_data
+from nextscale.data import folder
 from nextscale.data import openmoji as emoji
 from nextscale.data.folder import image_folder
-from nextscale.data.images import image_grid, on_white, read_image_file, read_images, save_images, to_uint8
+from nextscale.data.images import (
+    examine_image,
+    image_grid,
+    on_white,
+    read_image_file,
+    read_images,
+    save_images,
+    to_uint8,
+)
 from nextscale.data.transforms import PHOTOS, AugmentSettings, augment
 from nextscale.files import atomic_write, cache_dir
+from nextscale.recipes.generators import var
 from nextscale.training.loop import collate
 
 OFF = AugmentSettings(mirror=0, shift=0, scale=0, hue=0)
@@ -466,6 +477,19 @@ def test_a_crop_may_lie_anywhere_in_images_of_any_shape(tmp_path):
     assert {tuple(cropped[i]["image"].shape) for i in range(3)} == {(3, 18, 18)}
     with pytest.raises(ValueError, match=r"whole multiple of 16 x 16, got 18 x 18, 18 x 45, 27 x 18"):
         augment(batch["image"], 16, batch["mirror_ok"], numbers, OFF)
+
+
+def test_images_are_looked_at_once_for_both_sizes(tmp_path, monkeypatch):
+    for i in range(40):
+        Image.linear_gradient("L").resize((60 + i, 50)).save(tmp_path / f"{i}.png")
+    seen = []
+    monkeypatch.setattr(folder, "examine_image", lambda path, name: seen.append(name) or examine_image(path, name))
+    training, held_out = load_data(str(tmp_path), var.build(var.tiny()), 1, PHOTOS)
+    assert len(seen) == len(set(seen)) == 40
+    assert training.train.whole and min(training.train[0]["image"].shape[1:]) == 72 and len(held_out) > 0
+    alone = image_folder(tmp_path, 64, validation=0.1).val
+    assert held_out.paths == alone.paths and not held_out.whole and held_out.size == (64, 64)
+    assert torch.equal(held_out[0]["image"], alone[0]["image"]) and torch.equal(held_out.images, alone.images)
 
 
 def test_greys_and_opacity_are_read_and_shown(tmp_path):

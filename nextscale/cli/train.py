@@ -1,7 +1,6 @@
 """`nextscale train tokenizer` and `nextscale train generator`. Imported for that command alone, since it needs torch."""
 
 import argparse
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,10 +100,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
             built = module.build(system, seed=train.seed, model=False)
-        training, validation = load_data(data, built, oversample, augmentation)
-        train_tokenizer(
-            built, training.train, train, out=folder, val=validation.val, loss=loss, augmentation=augmentation
-        )
+        training, held_out = load_data(data, built, oversample, augmentation)
+        train_tokenizer(built, training.train, train, out=folder, val=held_out, loss=loss, augmentation=augmentation)
         print(folder / "system")
 
     return command
@@ -172,8 +169,8 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         if not init_from and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
         base = trained(init_from or tokenizer, recipe)
-        training, validation = load_data(data, base, oversample, augmentation)
-        items, held_out = training.train, validation.val
+        training, held_out = load_data(data, base, oversample, augmentation)
+        items = training.train
         if init_from:
             system = base
             if system.reader is None:
@@ -299,8 +296,8 @@ def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> 
 
 
 def load_data(data: str, system: System, oversample: int, augmentation: AugmentSettings) -> tuple[Any, Any]:
-    """Images for a system: for training at `oversample` times the size that augmentation wants, for validation at the
-    system's."""
+    """Images for a system: those for training (`train`, `classes`) at `oversample` times the size that augmentation wants, and
+    those held out at the system's."""
     size, channels = system.image_size, system.tokenizer.encoder.image_channels
     height, width = augmentation.read_size(size)
     larger = height * oversample, width * oversample
@@ -311,15 +308,13 @@ def load_data(data: str, system: System, oversample: int, augmentation: AugmentS
             raise ValueError(
                 f"openmoji is square and in colour, got a system of {size} and {channels} channels; give --data"
             )
-        return openmoji(larger[0]), openmoji(size[0])
+        return openmoji(larger[0]), openmoji(size[0]).val
     if data.endswith(".tar"):
         from nextscale.data.shards import web_shards as read
     elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
         from nextscale.data.hub import hub_images as read  # type: ignore[assignment]
     else:
         from nextscale.data.folder import image_folder as read  # type: ignore[assignment]
-    options: dict[str, Any] = {"channels": channels, "validation": 0.1}
-    with warnings.catch_warnings():
-        training = read(data, larger, whole=augmentation.crop > 1, **options)  # a window is cut out of all of it
-        warnings.simplefilter("ignore")  # what there is to say has been said
-        return training, read(data, size, **options)
+    whole = augmentation.crop > 1  # a window is cut out of all of it
+    images = read(data, larger, channels=channels, whole=whole, validation=0.1)
+    return images, images.val.resized(size)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from nextscale.data.check import Broken, sound
+from nextscale.data.dataset import ImageDataset
 from nextscale.data.images import Size, examine_image, height_width, read_image_file, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
-class FolderDataset(Dataset[dict[str, Any]]):
+class FolderDataset(ImageDataset):
     """Image files, decoded when asked for.
 
     An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption` (the
@@ -40,7 +40,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
         self.paths = paths
         self.numbers = numbers
         self.classes = classes
-        self.size, self.channels, self.whole = height_width(size), channels, whole
+        super().__init__(size, channels, whole)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from nextscale.data.check import Broken, sound
-from nextscale.data.images import Size, decode_image, examine_image, height_width, to_float
+from nextscale.data.dataset import ImageDataset
+from nextscale.data.images import Size, decode_image, examine_image, to_float
 
 
-class HubDataset(Dataset[dict[str, Any]]):
+class HubDataset(ImageDataset):
     """Rows of a `datasets.Dataset`, decoded when asked for.
 
     An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`,
@@ -30,8 +29,8 @@ class HubDataset(Dataset[dict[str, Any]]):
         channels: int = 3,
         whole: bool = False,
     ) -> None:
-        self.rows, self.size, self.channels, self.whole = rows, height_width(size), channels, whole
-        self.image, self.label, self.caption = image, label, caption
+        self.rows, self.image, self.label, self.caption = rows, image, label, caption
+        super().__init__(size, channels, whole)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,18 +12,16 @@ import json
 import os
 import re
 import tarfile
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from nextscale.data.check import Broken, sound
-from nextscale.data.images import Size, decode_image, examine_image, height_width, readable_extensions, to_float
+from nextscale.data.dataset import ImageDataset
+from nextscale.data.images import Size, decode_image, examine_image, readable_extensions, to_float
 from nextscale.data.openmoji import split_position
 
 
@@ -38,7 +36,7 @@ class Place(NamedTuple):
     caption: str
 
 
-class ShardDataset(Dataset[dict[str, Any]]):
+class ShardDataset(ImageDataset):
     """Images in tar files, decoded when asked for.
 
     An item is a dict: `image` float [C, H, W] in [-1, 1], `label` (class number), `labels` ((label,)), `caption`, `name`,
@@ -55,8 +53,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         whole: bool = False,
     ) -> None:
         self.paths, self.places, self.classes = paths, places, classes
-        self.size, self.channels, self.whole = height_width(size), channels, whole
-        self._files: dict[tuple[int, int, int], Any] = {}  # open shards, by process, thread and number
+        super().__init__(size, channels, whole)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -65,8 +62,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         place = self.places[index]
-        image = io.BytesIO(self.read(place))
-        source = f"{place.name} in {self.paths[place.shard]}"
+        image, source = _file(self.paths, place)
         return {
             "image": to_float(decode_image(image, self.size, source, self.channels, whole=self.whole)),
             "label": place.label,
@@ -75,24 +71,6 @@ class ShardDataset(Dataset[dict[str, Any]]):
             "name": place.name,
             "mirror_ok": True,
         }
-
-    def read(self, place: Place) -> bytes:
-        """The file of an image."""
-        # A file that was open before a fork shares its position, and one that several threads use has none.
-        key = os.getpid(), threading.get_ident(), place.shard
-        if key not in self._files:
-            self._files[key] = self.paths[place.shard].open("rb")
-        file = self._files[key]
-        file.seek(place.start)
-        return file.read(place.length)
-
-    def close(self) -> None:
-        """Close the shards; reading opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,18 +138,21 @@ def web_shards(
         for sample, label in zip(samples, labels, strict=True)
         if (where := sample.image) is not None
     ]
-    with closing(ShardDataset(paths, places, classes, size)) as every:
-
-        def examine(place: Place) -> int:
-            return examine_image(io.BytesIO(every.read(place)), f"{place.name} in {paths[place.shard]}")
-
-        places = sound(places, examine, "the shards", size, broken, progress)
+    places = sound(places, lambda place: examine_image(*_file(paths, place)), "the shards", size, broken, progress)
     held_out = [validation > 0 and split_position(place.name) < validation for place in places]
     parts = [[p for p, held in zip(places, held_out, strict=True) if held == side] for side in (False, True)]
     if not parts[0]:
         raise ValueError(f"validation={validation} holds out all {len(places)} images; add images or lower the share")
     train, val = (ShardDataset(paths, part, classes, size, channels, whole) for part in parts)
     return Shards(train, val, classes, size)
+
+
+def _file(paths: list[Path], place: Place) -> tuple[io.BytesIO, str]:
+    """The file of an image, and what it is called in errors. A shard is opened each time: one that stayed open would share its
+    position with other threads and processes, and there may be more shards than files may be open."""
+    with paths[place.shard].open("rb") as shard:
+        shard.seek(place.start)
+        return io.BytesIO(shard.read(place.length)), f"{place.name} in {paths[place.shard]}"
 
 
 def expand(pattern: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
