@@ -114,16 +114,15 @@ def _check(images: Tensor | Sequence[Tensor], settings: AugmentSettings, size: S
         raise ValueError(f"expected images [B, C, H, W] or a list of [C, H, W], got {_kind(images)}")
     if not all(image.is_floating_point() for image in images):
         raise ValueError(f"expected float images in [-1, 1], got {_kind(images)}")
-    sides = {tuple(image.shape[1:]) for image in (images[:1] if isinstance(images, Tensor) else images)}
-    factors = {min(h // height, w // width) for h, w in sides}
-    factor = min(factors)
+    sides = [images.shape[2:]] if isinstance(images, Tensor) else sorted({tuple(image.shape[1:]) for image in images})
     longer = settings.crop > 1  # one side may be, where a window is cut out
-    fits = all(
-        (h, w) == (factor * height, factor * width) or (longer and (h == factor * height or w == factor * width))
-        for h, w in sides
-    )
-    if factor < 1 or len(factors) > 1 or not fits:
-        got = ", ".join(f"{h} x {w}" for h, w in sorted(sides)[:3])
+    factor = min(sides[0][0] // height, sides[0][1] // width)
+    height_wanted, width_wanted = factor * height, factor * width
+    exact = any if longer else all
+    if factor < 1 or not all(
+        h >= height_wanted and w >= width_wanted and exact((h == height_wanted, w == width_wanted)) for h, w in sides
+    ):
+        got = ", ".join(f"{h} x {w}" for h, w in sides[:3])
         raise ValueError(
             f"expected images at a whole multiple of {height} x {width}"
             f"{' (one side may be longer)' if longer else ''}, got {got}; render or resize them to one"

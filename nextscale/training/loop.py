@@ -229,12 +229,13 @@ def fit(
     average = Average(task.module, config.ema) if config.ema else None
     sharded = config.shard and team.size > 1
     checkpoints = Checkpoints(out / "checkpoints", config.keep, team if sharded else Team())
-    others_too = {name: part.model_dump(mode="json") for name, part in others.items() if part is not None}
-    settings = config.model_dump(mode="json") | others_too | {"images": len(data)}  # type: ignore[arg-type]
+    own_settings = config.model_dump(mode="json")
+    other_settings = {name: part.model_dump(mode="json") for name, part in others.items() if part is not None}
+    settings = own_settings | other_settings | {"images": len(data)}  # type: ignore[arg-type]
     first = resume(checkpoints, task, average, settings, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads, wandb=config.wandb)
     if team.leads:
-        _describe(out, {"kind": description, "config": config.model_dump(mode="json"), **others_too}, team)
+        _describe(out, {"kind": description, "config": own_settings, **other_settings}, team)
     own = slice(pieces[0].start, pieces[-1].stop)
     order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
     loader = DataLoader(
