@@ -34,6 +34,7 @@ import nextscale as ns
 from nextscale.recipes.generators import var
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.settings import TokenizerLoss, TrainConfig
+from nextscale.training.team import end_process
 
 Kind = Literal["tokenizer", "generator"]
 
@@ -97,6 +98,7 @@ def main(
     """
     if worker is not None:
         train(kinds[0], worker, steps, shard[0])
+        end_process()  # as `nextscale train` does
         return
     rng, failures = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:

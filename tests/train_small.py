@@ -20,6 +20,7 @@ from nextscale.data.transforms import AugmentSettings
 from nextscale.recipes.generators import var
 from nextscale.training import loop
 from nextscale.training.settings import TokenizerLoss, TrainConfig
+from nextscale.training.team import end_process
 
 # No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.
 LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)
@@ -59,3 +60,4 @@ if __name__ == "__main__":
     (Path(sys.argv[2]) / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))  # for those who want to kill it
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    end_process()  # as `nextscale train` does
