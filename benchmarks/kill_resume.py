@@ -31,10 +31,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import nextscale as ns
+from nextscale.processes import end_process
 from nextscale.recipes.generators import var
 from nextscale.training.checkpoints import Checkpoints
-from nextscale.training.settings import TokenizerLoss, TrainConfig
-from nextscale.training.team import end_process
+from nextscale.training.config import TokenizerLoss, TrainConfig
 
 Kind = Literal["tokenizer", "generator"]
 

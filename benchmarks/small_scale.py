@@ -23,6 +23,7 @@ from torch import Tensor
 import nextscale as ns
 from nextscale.data.images import to_float
 from nextscale.data.transforms import AugmentSettings
+from nextscale.encoded import encode_images
 from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
@@ -35,7 +36,6 @@ from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.recipes.generators import flexvar as flexvar_recipe
 from nextscale.recipes.generators import infinity as infinity_recipe
 from nextscale.schedule import Schedule
-from nextscale.training.encoded import encode_images
 
 LISTS = {
     "6 steps, its own": Schedule.squares(1, 2, 3, 4, 6, 8),

@@ -14,11 +14,11 @@ import tyro
 from torch.nn.functional import conv2d
 
 from nextscale.cli.bench import fastest
+from nextscale.draws import Draws, Part, generator_for
 from nextscale.recipes.generators import var
-from nextscale.training.draws import Draws, Part, generator_for
+from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.memory import keep_freed_memory
-from nextscale.training.settings import TokenizerLoss, TrainConfig
-from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.tokenizer_task import TokenizerTask
 
 
 def main(batch: int = 32, steps: int = 10, precision: Literal["float32", "bfloat16"] = "float32") -> None:

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from nextscale.system import encode as encode
     from nextscale.system import find_recipe as find_recipe
     from nextscale.system import logits as logits
-    from nextscale.training.settings import GeneratorLoss as GeneratorLoss
-    from nextscale.training.settings import TokenizerLoss as TokenizerLoss
-    from nextscale.training.settings import TrainConfig as TrainConfig
+    from nextscale.training.config import GeneratorLoss as GeneratorLoss
+    from nextscale.training.config import TokenizerLoss as TokenizerLoss
+    from nextscale.training.config import TrainConfig as TrainConfig
     from nextscale.training.verbs import train_model as train_model
     from nextscale.training.verbs import train_tokenizer as train_tokenizer
 
@@ -74,7 +74,7 @@ _HOME = {
     "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),
     "nextscale.schedule": ("Schedule", "Span"),
     "nextscale.system": ("System", "decode", "encode", "find_recipe", "logits"),
-    "nextscale.training.settings": ("GeneratorLoss", "TokenizerLoss", "TrainConfig"),
+    "nextscale.training.config": ("GeneratorLoss", "TokenizerLoss", "TrainConfig"),
     "nextscale.training.verbs": ("train_model", "train_tokenizer"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nextscale.model.condition import Condition
-from nextscale.sampling.settings import SamplingDefaults
+from nextscale.condition import Condition
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.tokenizer.pyramid import teacher_inputs

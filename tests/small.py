@@ -2,9 +2,9 @@
 
 import torch
 
+from nextscale.draws import Draws, Part
 from nextscale.recipes.generators import var
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
-from nextscale.training.draws import Draws, Part
 
 AUTOENCODER = AutoencoderSettings(width=16, multipliers=(1, 1), patch=4, blocks=1, groups=8)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from nextscale.cli.train import load_data
 from nextscale.data import folder
 from nextscale.data import openmoji as emoji
+from nextscale.data.dataset import collate
 from nextscale.data.folder import image_folder
 from nextscale.data.images import (
     examine_image,
@@ -26,7 +27,6 @@ from nextscale.data.images import (
 from nextscale.data.transforms import PHOTOS, AugmentSettings, augment
 from nextscale.files import atomic_write, cache_dir
 from nextscale.recipes.generators import var
-from nextscale.training.loop import collate
 
 OFF = AugmentSettings(mirror=0, shift=0, scale=0, hue=0)
 

@@ -13,8 +13,8 @@ import torch
 from train_small import main
 
 import nextscale as ns
-from nextscale.training.draws import Draws
-from nextscale.training.team import Team
+from nextscale.draws import Draws
+from nextscale.processes import Team
 
 SCRIPT = str(Path(__file__).parent / "train_small.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

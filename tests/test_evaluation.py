@@ -14,6 +14,7 @@ from torch import Tensor
 
 import nextscale as ns
 from nextscale.data.openmoji import EmojiDataset, EmojiRow
+from nextscale.encoded import encode_images
 from nextscale.evaluation import report as report_module
 from nextscale.evaluation.curves import plot_run, read_metrics
 from nextscale.evaluation.likelihood import frequency_cross_entropy, unigram_entropy
@@ -24,7 +25,6 @@ from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.tokenizer.pyramid import Encoded
-from nextscale.training.encoded import encode_images
 
 CLASSES = ("animals", "food", "cat")
 SIZES = (1, 2)  # 16 px

@@ -9,8 +9,8 @@ from test_training import CONFIG, Squares, weights
 
 import nextscale as ns
 from nextscale.recipes.generators import infinity, var
+from nextscale.training.config import GeneratorLoss
 from nextscale.training.finetune import Relabelled, add_lora, merge_lora, with_classes
-from nextscale.training.settings import GeneratorLoss
 
 
 def test_further_classes_leave_the_others_as_they_are():

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from small import parts
 
 import nextscale as ns
+from nextscale.draws import Draws
+from nextscale.encoded import EncodedImages
 from nextscale.keymap import model_key
 from nextscale.recipes.generators import flexvar
 from nextscale.sampling import pick as picking
 from nextscale.schedule import Schedule
-from nextscale.training.draws import Draws
-from nextscale.training.encoded import EncodedImages
-from nextscale.training.generator import GeneratorTask
-from nextscale.training.settings import GeneratorLoss, TrainConfig
+from nextscale.training.config import GeneratorLoss, TrainConfig
+from nextscale.training.generator_task import GeneratorTask
 
 GOLDEN = Path(__file__).parent / "data" / "flexvar"
 

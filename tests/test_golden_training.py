@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from small import parts
 from test_golden import by_scale, numbers, part, quantizer, system, tensors
 
+from nextscale.draws import Draws
+from nextscale.encoded import EncodedImages
 from nextscale.keymap import model_key, tokenizer_key
 from nextscale.recipes.generators import var
-from nextscale.training.draws import Draws
-from nextscale.training.encoded import EncodedImages
-from nextscale.training.generator import NO_DECAY, GeneratorTask, stage
+from nextscale.training.config import GeneratorLoss, TrainConfig
+from nextscale.training.generator_task import NO_DECAY, GeneratorTask, stage
 from nextscale.training.loop import decay_groups, set_rates
 from nextscale.training.rates import learning_rate, weight_decay
-from nextscale.training.settings import GeneratorLoss, TrainConfig
 
 # Gradient norms: the same sums in another order; the reference's own recomputation agreed to 2e-6 relative.
 NORMS = {"rtol": 1e-4, "atol": 1e-7}
@@ -132,7 +132,7 @@ def test_progressive_stages():
         ordinary = newest in (3, stages[0])
         weight = 1.0 if ordinary else min(1.0, (step - first_of_stage + 1) / golden["prog_wp_it"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nextscale.training.generator.stage", lambda *_, s=newest, w=weight: (s, w))
+            patch.setattr("nextscale.training.generator_task.stage", lambda *_, s=newest, w=weight: (s, w))
             patch.setattr(task.optimizers["model"], "step", lambda: None)
             losses.append(float(task.step(parts(batch), step)["loss"]))
     torch.testing.assert_close(losses, golden["losses"], rtol=1e-5, atol=1e-5)
@@ -220,8 +220,8 @@ def test_quantizer_loss_and_gradients(case):
 
 def test_tokenizer_loss_and_gradient_norms():
     """mse + vq loss of the whole tokenizer, straight-through."""
-    from nextscale.training.settings import TokenizerLoss
-    from nextscale.training.tokenizer import TokenizerTask
+    from nextscale.training.config import TokenizerLoss
+    from nextscale.training.tokenizer_task import TokenizerTask
 
     system.cache_clear()
     io, s = tensors("tiny_var_io"), system("A")

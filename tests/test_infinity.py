@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import nextscale as ns
-from nextscale.data.text import HashWords, MiniLM, T5Encoder
+from nextscale.draws import Draws
 from nextscale.keymap_infinity import PUBLISHED_ARGS, model_key
-from nextscale.model import text as text_room
+from nextscale.model import text_condition as text_room
 from nextscale.model.bit_head import BitHead
 from nextscale.model.rotary import Rotary, RotaryAttention, RotarySettings, rotate
-from nextscale.model.text import Text, TextCondition
+from nextscale.model.text_condition import Text, TextCondition
+from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder
 from nextscale.recipes.generators import infinity
 from nextscale.recipes.generators.infinity import SIZES, SelfCorrection, schedule_for, with_negative
 from nextscale.sampling.inside import guide_inside
@@ -27,7 +28,6 @@ from nextscale.schedule import Schedule
 from nextscale.system import teacher_logits
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.pyramid import teacher_inputs
-from nextscale.training.draws import Draws
 from nextscale.training.objective import Batch
 
 GOLDEN = Path(__file__).parent / "data" / "infinity"
@@ -386,11 +386,11 @@ def test_logits_of_dropped_texts(which):
 def test_attention_to_text_in_bfloat16(which, monkeypatch):
     """The official code rounds queries, keys and values even in float32; ours does under autocast alone."""
 
-    def ask(q, k, v, mask):
+    def cross_attention(q, k, v, mask):
         rounded = (x.bfloat16().float() for x in (q, k, v))
         return F.scaled_dot_product_attention(*rounded, attn_mask=mask).bfloat16().float()
 
-    monkeypatch.setattr(text_room, "ask", ask)
+    monkeypatch.setattr(text_room, "cross_attention", cross_attention)
     expected = tensors("io")[f"{which}.sq.tf_logits_bf16_cross_attention"]
     torch.testing.assert_close(forced(which, "sq", PROMPTS), expected, atol=0.015, rtol=0)
 
@@ -885,7 +885,7 @@ def test_words_as_random_vectors():
 
 
 def test_encoders_remember_what_they_read(monkeypatch):
-    monkeypatch.setattr("nextscale.data.text.REMEMBERED", 2)
+    monkeypatch.setattr("nextscale.model.text_encoders.REMEMBERED", 2)
     reader, read = HashWords(4, 5), []
     monkeypatch.setattr(reader, "encode", lambda text: read.append(text) or torch.zeros(1, 4))
     with torch.inference_mode():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nextscale.model import lean
 from nextscale.model.attention import attend
-from nextscale.model.lean import Prefixes, Unit, again
+from nextscale.model.lean import Prefixes, QKNorm, checkpointed
 from nextscale.recipes.generators import infinity, var
 from nextscale.schedule import Schedule
 
@@ -51,13 +51,13 @@ def test_unit_vectors_have_the_gradients_of_finite_differences(shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.double, generator=generator, requires_grad=True)
     factor = None if shape is None else torch.rand(shape, dtype=torch.double, generator=generator).requires_grad_()
-    torch.testing.assert_close(Unit.apply(x, factor), F.normalize(x, dim=-1) * (1 if factor is None else factor))
-    assert torch.autograd.gradcheck(Unit.apply, (x, factor))
+    torch.testing.assert_close(QKNorm.apply(x, factor), F.normalize(x, dim=-1) * (1 if factor is None else factor))
+    assert torch.autograd.gradcheck(QKNorm.apply, (x, factor))
 
 
 def test_unit_of_nothing_is_nothing():
     x = torch.zeros(1, 2, 3, 4, requires_grad=True)
-    Unit.apply(x, None).sum().backward()
+    QKNorm.apply(x, None).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -89,7 +89,7 @@ def test_again_keeps_the_inputs_alone_and_does_not_repeat_the_last_product():
     (wanted,) = torch.autograd.grad(plain, x)
     products = []
     linear.register_forward_hook(lambda *_: products.append("done"))  # only after the product
-    lean = again(lambda x: linear(F.gelu(x)), x).sum()
+    lean = checkpointed(lambda x: linear(F.gelu(x)), x).sum()
     (found,) = torch.autograd.grad(lean, x)
     assert products == ["done"]
     assert kept.count((16, 8)) >= 2  # the plain way keeps x and its GELU

@@ -18,7 +18,7 @@ from nextscale.tokenizer.discriminator import (
 )
 from nextscale.tokenizer.lpips import Lpips, Vgg16
 from nextscale.tokenizer.perceptual import Perceptual
-from nextscale.training.settings import LOSSES, TokenizerLoss, TrainConfig
+from nextscale.training.config import LOSSES, TokenizerLoss, TrainConfig
 
 
 @pytest.fixture(scope="module")

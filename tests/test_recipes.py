@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nextscale as ns
-from nextscale.model.condition import Condition
+from nextscale.condition import Condition
 from nextscale.model.positions import LearnedPositions
 from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule

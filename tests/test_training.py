@@ -10,20 +10,21 @@ from small import small
 from torch.utils.data import Dataset
 
 import nextscale as ns
+from nextscale import encoded
 from nextscale.checkpoint import save_weights
 from nextscale.data.transforms import AugmentSettings
+from nextscale.draws import Draws, generator_for
+from nextscale.encoded import encode_images
+from nextscale.processes import Team
 from nextscale.recipes.generators import var
-from nextscale.training import checkpoints, encoded, loop
+from nextscale.training import checkpoints, loop
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
-from nextscale.training.draws import Draws, generator_for
-from nextscale.training.encoded import encode_images
-from nextscale.training.generator import GeneratorTask
+from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
+from nextscale.training.generator_task import GeneratorTask
 from nextscale.training.loop import Order, decay_groups
 from nextscale.training.rates import learning_rate
-from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
-from nextscale.training.team import Team
-from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.tokenizer_task import TokenizerTask
 
 
 class Squares(Dataset):
@@ -120,9 +121,9 @@ def test_limited_scales_use_their_first_codes_and_start_with_all_of_them():
     )
     with torch.no_grad():
         system.tokenizer.pyramid.codebook.weight[-1] = 99.0
-    assert task.restart(lesson.rests, generator_for(0, 0)) == 1
+    assert task.restart(lesson.residuals, generator_for(0, 0)) == 1
     moved = system.tokenizer.pyramid.codebook.weight[-1]
-    rows = [system.tokenizer.pyramid.standardized(rest, k).flatten(0, 1) for k, rest in enumerate(lesson.rests)]
+    rows = [system.tokenizer.pyramid.standardized(rest, k).flatten(0, 1) for k, rest in enumerate(lesson.residuals)]
     assert (torch.cat(rows[2:]) == moved).all(dim=1).any()
 
 

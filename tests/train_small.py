@@ -17,10 +17,10 @@ from test_training import Squares
 
 import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
+from nextscale.processes import end_process
 from nextscale.recipes.generators import var
 from nextscale.training import loop
-from nextscale.training.settings import TokenizerLoss, TrainConfig
-from nextscale.training.team import end_process
+from nextscale.training.config import TokenizerLoss, TrainConfig
 
 # No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.
 LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)

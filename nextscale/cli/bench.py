@@ -120,7 +120,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     import torch.nn.functional as F
 
     from nextscale.recipes.generators import var
-    from nextscale.training.generator import flop_per_image
+    from nextscale.training.generator_task import flop_per_image
     from nextscale.training.memory import peak_memory
 
     if threads:

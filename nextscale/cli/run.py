@@ -14,7 +14,7 @@ from nextscale.cli.options import SHIPPED, check_device, check_seed, check_writa
 def train(kind: str = "", /, *words: str) -> None:
     """Train a tokenizer or a generator (`nextscale train tokenizer`, `nextscale train generator`)."""
     from nextscale.cli.train import main as train_main
-    from nextscale.training.team import end_process
+    from nextscale.processes import end_process
 
     train_main([kind, *words] if kind else ["--help"])
     end_process()

@@ -10,11 +10,11 @@ import tyro
 from nextscale.checkpoint import load
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
 from nextscale.data.transforms import PHOTOS, AugmentSettings
-from nextscale.sampling.settings import SamplingDefaults
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.system import System, find_recipe
+from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import Relabelled, with_classes
 from nextscale.training.memory import keep_freed_memory
-from nextscale.training.settings import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.verbs import train_model, train_tokenizer
 
 RECIPE, DATA = "var", "openmoji"  # unless others are named
@@ -234,8 +234,8 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             device: cpu, cuda, cuda:1, mps
             augmentation: as for train generator
         """
-        from nextscale.training.encoded import encode_images
-        from nextscale.training.team import Team
+        from nextscale.encoded import encode_images
+        from nextscale.processes import Team
 
         at_least_one(oversample=oversample, views=views)
         if not tokenizer or cache is None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import nextscale
 from nextscale.data.images import save_images
+from nextscale.encoded import EncodedImages, encode_images
 from nextscale.evaluation.distance import kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
@@ -37,7 +38,6 @@ from nextscale.files import atomic_write
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
 from nextscale.system import System
-from nextscale.training.encoded import EncodedImages, encode_images
 
 BATCH = 64
 SHOWN_SAMPLES = 96

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.model.lean import Linear, Prefixes, Unit, linear
+from nextscale.model.lean import Linear, Prefixes, QKNorm, linear
 from nextscale.schedule import Span
 
 
@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
         else:
             scale = 1.0
             sharpness = self.log_scale.clamp(max=math.log(100)).exp().view(-1, 1, 1)
-            q, k = Unit.apply(q, sharpness), Unit.apply(k, None)
+            q, k = QKNorm.apply(q, sharpness), QKNorm.apply(k, None)
         q, k = self.place(q, k, span)
         return self.proj(attend(q, k, v, span, scale, cache).transpose(1, 2).flatten(2))
 

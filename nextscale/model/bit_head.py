@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 
 
 class BitHead(nn.Module):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.condition import Condition
 from nextscale.model.attention import LayerCache, SelfAttention
-from nextscale.model.condition import Condition
-from nextscale.model.lean import Linear, again
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.lean import Linear, checkpointed
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Span
 
 
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         return self.fc1(x)
 
     def forward(self, projected: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
-        return again(self._activate, projected)
+        return checkpointed(self._activate, projected)
 
     def _activate(self, projected: Tensor) -> Tensor:
         return self.fc2(F.gelu(projected, approximate="tanh"))
@@ -52,7 +52,7 @@ class Branch(nn.Module):
     def forward(self, h: Tensor, modulation: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
         """h [B, l, D]; modulation [B, 3, 1, D]: gate, scale, shift."""
         gate, scale, shift = modulation.unbind(1)
-        projected = again(self._project, h, scale, shift)
+        projected = checkpointed(self._project, h, scale, shift)
         return self.drop_path(gate * self.dropout(self.layer(projected, span, cache)))
 
     def _project(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.model.lean import Linear
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 
 
 class SoftmaxHead(nn.Module):

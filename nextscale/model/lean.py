@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`function(*inputs)`, which draws nothing at random; of all its values only the inputs are kept for the backward pass.
 
     A product of matrices at its end is not computed again: once the last value that is needed is there, computing stops.
@@ -70,7 +70,7 @@ def convolutions_are_faster() -> bool:
         return "AuthenticAMD" in platform.processor()
 
 
-class Unit(torch.autograd.Function):
+class QKNorm(torch.autograd.Function):
     """Vectors x [..., l, d] scaled to length 1, then by a factor [..., 1, 1] or None: `F.normalize(x, dim=-1) * factor`."""
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.model.init import var_normal_
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Schedule, Span
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nextscale.model.attention import SelfAttention
 from nextscale.model.init import var_normal_
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextscale.condition import Condition
 from nextscale.model.attention import Cache
 from nextscale.model.block import Block, OwnModulation, plain_norm, replaced
-from nextscale.model.condition import Condition
 from nextscale.model.init import var_normal_
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Span
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nextscale.condition import Condition
 from nextscale.model.attention import Cache
-from nextscale.model.condition import Condition
 from nextscale.model.transformer import Prepared
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at

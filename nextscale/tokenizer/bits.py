@@ -88,7 +88,7 @@ class BitPyramid(nn.Module):
         be they a part of a batch; `counts` is not needed.
         """
         self._check(f, schedule)
-        residual, f_hat, loss, tokens, rests = f, self.start(len(f), schedule), f.new_zeros(()), [], []
+        residual, f_hat, loss, tokens, residuals = f, self.start(len(f), schedule), f.new_zeros(()), [], []
         for k in range(len(schedule)):
             folded = self._averaged(residual, schedule[k])
             small = F.pixel_shuffle(folded, self.fold)  # [B, d, fold * h_k, fold * w_k]
@@ -100,8 +100,8 @@ class BitPyramid(nn.Module):
             h = h * keep[:, k].view(-1, 1, 1, 1)
             residual, f_hat = residual - h, f_hat + h
             tokens.append(F.pixel_unshuffle(bits, self.fold).flatten(2).mT)
-            rests.append(folded.detach().flatten(2).mT)
-        return Lesson(tokens, rests, f_hat, loss / len(schedule))
+            residuals.append(folded.detach().flatten(2).mT)
+        return Lesson(tokens, residuals, f_hat, loss / len(schedule))
 
     def _indecision(self, z: Tensor) -> Tensor:
         """Entropy of the bits of a vector minus that of all vectors' mean bits, summed over the d; z [B, d, h, w]."""

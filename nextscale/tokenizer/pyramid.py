@@ -40,11 +40,11 @@ class Encoded(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What training the tokenizer needs of a feature map: the tokens of each scale; `rests`, what they stand for
+    """What training the tokenizer needs of a feature map: the tokens of each scale; `residuals`, what they stand for
     [B, l_k, C]; f_hat [B, C, h, w], whose gradient goes straight to the features; the quantizer's loss, a number."""
 
     tokens: list[Tensor]
-    rests: list[Tensor]
+    residuals: list[Tensor]
     f_hat: Tensor
     loss: Tensor
 
@@ -140,11 +140,11 @@ class ResidualPyramid(nn.Module):
         """
         keep = keep.to(f)
         counts = keep.sum(dim=0) if counts is None else counts
-        loss, tokens, rests, f_hat = f.new_zeros(()), [], [], f
+        loss, tokens, residuals, f_hat = f.new_zeros(()), [], [], f
         taken = self.start(len(f), schedule)  # what the scales before have taken away
         for k, (token_map, f_hat, small) in enumerate(self.walk(f, schedule, keep=keep)):
             if entropy:
-                rows = self.standardized(self.rest(f, taken, k, schedule), k).flatten(0, 1)
+                rows = self.standardized(self.residual(f, taken, k, schedule), k).flatten(0, 1)
                 loss = loss + entropy * indecision(rows, self.codebook.weight[: self.limit(k)])
                 taken = taken + self.contribution(token_map, k, schedule).detach()
             weight = keep[:, k] / counts[k].clamp(min=1e-6)  # of a scale that none keeps: 0
@@ -152,10 +152,10 @@ class ResidualPyramid(nn.Module):
             follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
             loss = loss + beta * commit + follow
             tokens.append(token_map)
-            rests.append(small)
-        return Lesson(tokens, rests, f + (f_hat - f).detach(), loss / len(schedule))
+            residuals.append(small)
+        return Lesson(tokens, residuals, f + (f_hat - f).detach(), loss / len(schedule))
 
-    def rest(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+    def residual(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the tokens of scale k are to stand for after the sum `f_hat`, [B, l_k, C]: the residual."""
         return _area(f - f_hat, schedule[k]).flatten(2).mT
 

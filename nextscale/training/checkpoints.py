@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from nextscale.files import atomic_write, disk_full, sync_folder
-from nextscale.training.team import Team
+from nextscale.processes import Team
 
 FACTS = "state.json"
 NUMBER = "[0-9]" * 8  # of a step, as a pattern of names

@@ -23,17 +23,18 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from nextscale import __version__
+from nextscale.data.dataset import collate
+from nextscale.draws import Draws, Part, generator_for
 from nextscale.files import atomic_write
+from nextscale.processes import Team
 from nextscale.settings import Settings
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
-from nextscale.training.draws import Draws, Part, generator_for
+from nextscale.training.config import TrainConfig
 from nextscale.training.log import RunLog
 from nextscale.training.memory import peak_memory
 from nextscale.training.rates import learning_rate, weight_decay
 from nextscale.training.resume import resume, save_state
-from nextscale.training.settings import TrainConfig
-from nextscale.training.team import Team
 
 
 class Task(Protocol):
@@ -198,15 +199,6 @@ def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
         for handle in hooks:
             handle.remove()
     return found[0] if found else "none: all outputs are finite, so it is the loss or its gradient"
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images of one size and flags become tensors, everything else a list with one entry an image."""
-    batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    if len({image.shape for image in batch["image"]}) == 1:
-        batch["image"] = torch.stack(batch["image"])
-    batch["mirror_ok"] = torch.tensor(batch.get("mirror_ok", [False] * len(items)))
-    return batch
 
 
 def fit(

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from nextscale.model.condition import Condition
+from nextscale.condition import Condition
+from nextscale.draws import Draws
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.pyramid import teacher_inputs
-from nextscale.training.draws import Draws
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nextscale.training.settings import TrainConfig
+from nextscale.training.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

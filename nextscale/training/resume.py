@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nextscale.checkpoint import explain_mismatch
+from nextscale.processes import Team
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
-from nextscale.training.team import Team
 
 if TYPE_CHECKING:
     from nextscale.training.loop import Task

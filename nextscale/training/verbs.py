@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
+from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
+from nextscale.draws import Draws, generator_for
+from nextscale.encoded import encode_images
+from nextscale.processes import Team
 from nextscale.system import System, find_recipe
-from nextscale.training.draws import Draws, generator_for
-from nextscale.training.encoded import encode_images
+from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import add_lora, merge_lora
-from nextscale.training.generator import GeneratorTask
-from nextscale.training.loop import collate, fit
-from nextscale.training.settings import GeneratorLoss, TokenizerLoss, TrainConfig
-from nextscale.training.team import Team
-from nextscale.training.tokenizer import TokenizerTask
+from nextscale.training.generator_task import GeneratorTask
+from nextscale.training.loop import fit
+from nextscale.training.tokenizer_task import TokenizerTask
 
 
 def train_tokenizer(
@@ -125,7 +126,7 @@ def train_model(
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     fit(task, encoded, config, out, "generator", settings, team=team)
     if config.shard and team.size > 1:
-        from nextscale.training.shards import whole
+        from nextscale.training.sharded import whole
 
         state = whole(system.model)
         system.model = find_recipe(system.recipe).build(system.config).model

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from nextscale.condition import Condition
 from nextscale.model.attention import LayerCache
 from nextscale.model.block import replaced
-from nextscale.model.condition import Condition
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System

@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from nextscale.draws import Draws
 from nextscale.keymap import Rename, fill, model_key, ordered, rename_levels, renamed, rewrite, with_defaults
-from nextscale.model.condition import ClassCondition
+from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.init import var_normal_
-from nextscale.model.settings import TransformerSettings
 from nextscale.model.transformer import Transformer
+from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import Generators, Pick, top_k_top_p
-from nextscale.sampling.settings import SamplingDefaults
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System
@@ -39,9 +40,8 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.draws import Draws
+from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch
-from nextscale.training.settings import TokenizerLoss
 
 # The published lists of sizes for 256 px by their number of steps (`scripts/evaluate_c2i.sh`). Trained models know 10.
 SIZES: dict[int, tuple[int, ...]] = {
@@ -130,30 +130,30 @@ class PlainPyramid(nn.Module):
         bool [B, K]), so that scale dropout teaches the decoder all sizes.
 
         The loss pulls codes to features and, `beta` times, features to codes; `entropy` weighs a term that wants every
-        feature sure of its code and all codes used alike (both as in LlamaGen); `counts` is not needed. Tokens and rests of
+        feature sure of its code and all codes used alike (both as in LlamaGen); `counts` is not needed. Tokens and residuals of
         the other scales are counted, but carry no gradient.
         """
         chosen = int(keep[0].nonzero().max())
-        tokens, rests, f_hat, loss = [], [], f, f.new_zeros(())
+        tokens, residuals, f_hat, loss = [], [], f, f.new_zeros(())
         for k in range(len(schedule)):
-            rows = self.rest(f if k == chosen else f.detach(), f, k, schedule)
+            rows = self.residual(f if k == chosen else f.detach(), f, k, schedule)
             ids = self.codebook.nearest(rows)
             tokens.append(ids)
-            rests.append(rows.detach())
+            residuals.append(rows.detach())
             if k == chosen:
                 codes = self._codes(ids)
                 loss = F.mse_loss(codes, rows.detach()) + beta * F.mse_loss(codes.detach(), rows)
                 if entropy:
                     loss = loss + entropy * indecision(rows.flatten(0, 1), self._scaled(self.codebook.weight))
                 f_hat = (rows + (codes - rows).detach()).mT.unflatten(-1, schedule[k])
-        return Lesson(tokens, rests, f_hat, loss)
+        return Lesson(tokens, residuals, f_hat, loss)
 
-    def rest(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+    def residual(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the tokens of scale k are to stand for, [B, l_k, C]: the features at that size, of a code's length."""
         return self._scaled(_rows(_pooled(f, schedule[k])))
 
     def standardized(self, rest: Tensor, k: int) -> Tensor:
-        """What is looked up in the codebook for the rests of scale k: themselves."""
+        """What is looked up in the codebook for the residuals of scale k: themselves."""
         return rest
 
     def _codes(self, tokens: Tensor) -> Tensor:

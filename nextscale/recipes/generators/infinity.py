@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nextscale.data.text import HashWords, MiniLM, T5Encoder, TextEncoder
+from nextscale.draws import Draws
 from nextscale.keymap import fill, renamed, with_defaults
 from nextscale.keymap_infinity import (
     FIXED,
@@ -37,19 +37,19 @@ from nextscale.keymap_infinity import (
 from nextscale.model.bit_head import BitHead
 from nextscale.model.block import replaced
 from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
-from nextscale.model.settings import TransformerSettings
-from nextscale.model.text import NegativeText, TextBlock, TextCondition
+from nextscale.model.text_condition import NegativeText, TextBlock, TextCondition
+from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder, TextEncoder
 from nextscale.model.transformer import Transformer
-from nextscale.sampling.settings import SamplingDefaults
+from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.draws import Draws
+from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch
-from nextscale.training.settings import TokenizerLoss
 
 # ---- schedules: 13 scales for each shape ------------------------------------------------------------------------------
 

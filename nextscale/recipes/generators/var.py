@@ -18,19 +18,19 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from nextscale.keymap import USAGE, fill, model_key, ordered, renamed, tokenizer_key, with_defaults
-from nextscale.model.condition import ClassCondition
+from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
-from nextscale.model.settings import TransformerSettings
 from nextscale.model.transformer import Transformer
-from nextscale.sampling.settings import SamplingDefaults
+from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
-from nextscale.training.settings import TokenizerLoss, TrainConfig
+from nextscale.training.config import TokenizerLoss, TrainConfig
 
 
 class Config(Settings):

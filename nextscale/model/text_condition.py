@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.condition import Condition
 from nextscale.model.attention import LayerCache, Projection, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
-from nextscale.model.condition import Condition
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
-from nextscale.model.settings import TransformerSettings
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Span
 
 
@@ -108,7 +108,7 @@ class AttentionPool(nn.Module):
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
         k, v = keys_values(text, self.kv, self.v_bias, len(self.query))
         q = self.query[:, None].expand(len(text), -1, -1, -1).to(k.dtype)  # [B, N, 1, head_dim]
-        return self.proj(ask(q, k, v, mask[:, None, None]).flatten(1))
+        return self.proj(cross_attention(q, k, v, mask[:, None, None]).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -124,7 +124,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # [B, l, D]
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, l, head_dim]
-        return self.proj(ask(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.proj(cross_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class ContextBranch(nn.Module):
@@ -211,7 +211,7 @@ def keys_values(context: Tensor, linear: nn.Module, v_bias: Tensor, num_heads: i
     return k, v
 
 
-def ask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of scale 1 / sqrt(head_dim) over the real tokens of a text, [B, N, l, head_dim]."""
     if trains_in_half_on_cpu(v):
         return by_products(q, k, v, mask, 1 / math.sqrt(q.shape[-1]))

@@ -1,4 +1,4 @@
-"""What the model is told: `Condition`, its parts, and the modules that make one."""
+"""What the model is told: `Condition`, its parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,3 @@ class Condition:
         """Stack rows; all must have the same parts."""
         names = conditions[0].parts()
         return replace(conditions[0], **{n: torch.cat([getattr(c, n) for c in conditions]) for n in names})
-
-
-class ClassCondition(nn.Module):
-    """A learned vector for each class, and one for the null class (the last row)."""
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, labels: Tensor) -> Condition:
-        """Labels int64 [B] in 0 .. num_classes; num_classes is the null class."""
-        vec = self.embedding(labels)  # [B, D]
-        return Condition(start=vec.unsqueeze(1), vec=vec)
-
-    def null(self, condition: Condition) -> Condition:
-        """The condition that says nothing, for as many images as the given one."""
-        return self(torch.full((len(condition),), self.num_classes, device=self.embedding.weight.device))

@@ -1,7 +1,7 @@
 """Images, encoded once before the generator trains: tokens or features of several augmented views of each.
 
 A cache is a folder of shards, one safetensors file for some thousand images of one view, and an index that is written last.
-Shards that are there are not encoded again, so a process that died goes on, and several processes share the work.
+EncodedShards that are there are not encoded again, so a process that died goes on, and several processes share the work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
+from nextscale.draws import Draws, generator_for
 from nextscale.files import atomic_write
+from nextscale.processes import Team
 from nextscale.system import System
-from nextscale.training.draws import Draws, generator_for
-from nextscale.training.loop import collate
-from nextscale.training.team import Team
 
 SHARD = 4096  # images
 IN_MEMORY = 2**30  # bytes of content; more is read from the files when it is asked for
@@ -39,7 +39,7 @@ class EncodedImages(Dataset[dict[str, Any]]):
     Labels are class numbers or, where there are `texts`, places in that list.
     """
 
-    def __init__(self, content: Tensor | Shards, labels: Tensor, texts: list[str] | None = None) -> None:
+    def __init__(self, content: Tensor | EncodedShards, labels: Tensor, texts: list[str] | None = None) -> None:
         self.content: Any = content  # tokens [N, L] (of bits [N, L, d]) or features [N, C, H, W]
         self.labels = labels  # int32 [N, n]
         self.texts = texts
@@ -64,7 +64,7 @@ class EncodedImages(Dataset[dict[str, Any]]):
         return {name: torch.stack([item[name] for item in items]) for name in ("content", "labels")}
 
 
-class Shards:
+class EncodedShards:
     """The content of several files as one; a row is read from its file when it is asked for."""
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
@@ -243,9 +243,9 @@ def _joined(shards: list[dict[str, Any]], paths: Sequence[Path] = ()) -> Encoded
         place = {text: i for i, text in enumerate(texts)}
         moved = [torch.tensor([place[text] for text in shard["texts"]], dtype=torch.int32) for shard in shards]
         labels = [table[part.long()] for table, part in zip(moved, labels, strict=True)]
-    content: Tensor | Shards
+    content: Tensor | EncodedShards
     if shards[0]["content"] is None:
-        content = Shards(paths, [len(part) for part in labels])
+        content = EncodedShards(paths, [len(part) for part in labels])
     else:
         content = torch.cat([shard["content"] for shard in shards])
     return EncodedImages(content, torch.cat(labels), texts)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nextscale.model.text import Text
+from nextscale.model.text_condition import Text
 
 REMEMBERED = 16384  # texts
 

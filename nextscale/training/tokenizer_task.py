@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.data.images import on_white
+from nextscale.draws import Draws, Part, generator_for
 from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
+from nextscale.processes import Team
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.dino import DinoDiscriminator
 from nextscale.tokenizer.discriminator import (
@@ -29,10 +31,8 @@ from nextscale.tokenizer.perceptual import Perceptual
 from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.average import Average
-from nextscale.training.draws import Draws, Part, generator_for
+from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.loop import adamw, autocast, descend, scaler
-from nextscale.training.settings import TokenizerLoss, TrainConfig
-from nextscale.training.team import Team
 
 MIN_STD = 1e-3  # of residuals that the pyramid standardizes: a channel that is always the same must not divide by zero
 
@@ -101,16 +101,18 @@ class TokenizerTask:
             return metrics
         if quantize:  # after backward, which still needs the old ones
             self.remembered = min(50, step + 1 - math.ceil(self.loss.quantize_start * self.config.steps))
-            rests = [torch.cat(of_scale) for of_scale in zip(*(lesson.rests for lesson in self.lessons), strict=True)]
+            residuals = [
+                torch.cat(of_scale) for of_scale in zip(*(lesson.residuals for lesson in self.lessons), strict=True)
+            ]
             tokens = [torch.cat(of_scale) for of_scale in zip(*(lesson.tokens for lesson in self.lessons), strict=True)]
             metrics |= self.count(tokens)
-            self.follow(rests)
+            self.follow(residuals)
         if self.adversarial_weight(begun) > 0:
             optimizer, scaler = self.optimizers["discriminator"], self.scalers["discriminator"]
             found = descend(self.discriminator, optimizer, scaler, self.judge, self.pairs, step, clip, self.team)
             metrics |= {f"discriminator/{name}": value for name, value in found.items()}
         if pyramid.codebook is not None and self.due_restart(step, begun, quantize):
-            metrics["restarted"] = self.restart(rests, generator_for(self.config.seed, step, "restart"))
+            metrics["restarted"] = self.restart(residuals, generator_for(self.config.seed, step, "restart"))
         return metrics
 
     def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -227,7 +229,7 @@ class TokenizerTask:
         f = torch.cat([self.tokenizer.features(part) for part in images.split(64)])
         f_hat, filled = pyramid.start(len(f), self.schedule), 0
         for k, count in enumerate(self.new_codes()):
-            rows = pyramid.rest(f, f_hat, k, self.schedule).flatten(0, 1)
+            rows = pyramid.residual(f, f_hat, k, self.schedule).flatten(0, 1)
             if getattr(pyramid, "std", None) is not None:
                 pyramid.mean[k], pyramid.std[k] = rows.mean(dim=0), rows.std(dim=0).clamp(min=MIN_STD)
             rows = pyramid.standardized(rows, k)

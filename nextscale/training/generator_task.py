@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.draws import Draws, Part
+from nextscale.encoded import EncodedImages
 from nextscale.evaluation.likelihood import evaluate_likelihood
+from nextscale.processes import Team
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.training.average import Average
-from nextscale.training.draws import Draws, Part
-from nextscale.training.encoded import EncodedImages
+from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.loop import adamw, autocast, descend, scaler
 from nextscale.training.objective import drop_condition
-from nextscale.training.settings import GeneratorLoss, TrainConfig
-from nextscale.training.team import Team
 
 # As in the reference: tables and scales are added or multiplied, so decay would only pull them to zero.
 NO_DECAY = ("positions", "offset", "log_scale")
