@@ -1,0 +1,316 @@
+"""What parts promise each other. A part is known by its contract, not by a base class or its name; the core asks it for
+nothing else. `tests/test_contracts.py` holds every recipe's parts against these, and builds miniatures of other methods.
+
+B images, K scales of l_k tokens, C channels of the feature map, D of the transformer, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.condition import Condition
+from nextscale.draws import Draws, Part
+from nextscale.schedule import Schedule, Span
+from nextscale.tokens import Tokens
+
+if TYPE_CHECKING:
+    from nextscale.sampling.state import State
+    from nextscale.system import System
+
+Kind = Literal["ids", "bits", "vectors", "mixed"]
+Corrupt = Callable[[Tokens, int], Tokens]
+Generators = torch.Generator | list[torch.Generator]
+Combine = Callable[[Tensor], Tensor]
+Pick = Callable[[Tensor, Generators], Tokens]
+Edit = Callable[[Tokens, int], Tokens]
+
+M = TypeVar("M", bound=nn.Module)
+
+# ---- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What `encode` returns, one entry a scale: tokens [B, l_k, ...]; inputs [B, l_k, C] of every scale but the first;
+    f_hats [B, C, H, W] after each scale."""
+
+    tokens: list[Tokens]
+    inputs: list[Tensor]
+    f_hats: list[Tensor]
+
+
+class Lesson(NamedTuple):
+    """What training the tokenizer needs of a feature map: the tokens of each scale; `residuals`, what they stand for
+    [B, l_k, C]; f_hat [B, C, h, w], whose gradient goes to the features; the quantizer's loss, a number."""
+
+    tokens: list[Tokens]
+    residuals: list[Tensor]
+    f_hat: Tensor
+    loss: Tensor
+
+
+@runtime_checkable
+class Pyramid(Protocol):
+    """How token maps add up to a feature map, and what the next scale sees of it.
+
+    kind: what its tokens are. code_dim: C. codes: values that an id (V) or a bit (2) can take, 0 of vectors.
+    token_type: of `mixed` tokens the named tuple that they are, else None.
+    """
+
+    kind: Kind
+    code_dim: int
+    codes: int
+    token_type: Callable[..., Tokens] | None
+
+    def start(self, batch: int, schedule: Schedule, device: torch.device | str | None = None) -> Tensor:
+        """What is known before the first scale, float32 [B, C, H, W]."""
+
+    def add(self, f_hat: Tensor, tokens: Tokens, k: int, schedule: Schedule) -> Tensor:
+        """What is known after scale k."""
+
+    def next_input(self, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
+        """What the transformer reads at scale k >= 1, [B, l_k, C]."""
+
+    def encode(self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None) -> Encoded:
+        """Tokens, inputs and sums of a feature map [B, C, H, W]; `corrupt(tokens, k)` may replace those that enter the sum."""
+
+    def choices(self, tokens: Tokens) -> Tensor | None:
+        """The ids [B, l] or bits [B, l, d] in tokens, to count how often each occurs; None where there are none."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Content to feature maps and back, around a pyramid. stride: extent of the content for each cell of the feature map."""
+
+    pyramid: Pyramid
+    stride: int
+
+    def features(self, content: Tensor) -> Tensor:
+        """The feature map that is quantized, float32 [B, C, H, W]."""
+
+    def encode(self, content: Tensor, schedule: Schedule) -> Encoded:
+        """Tokens, inputs and running sums."""
+
+    def decode(self, f_hat: Tensor) -> Tensor:
+        """Content of a feature map; not clamped."""
+
+    def f_hat(self, tokens: Sequence[Tokens], schedule: Schedule) -> Tensor:
+        """The sum of the token maps of the first scales."""
+
+
+# ---- what the model is told --------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Turns what users or data items say under one name into what the conditioner takes.
+
+    field: the key of a data item that says it, `label` or `caption` for example. `field + "s"` may hold several that fit.
+    """
+
+    field: str
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """One entry a row; None says nothing. The result has `.to(device)`. Raises ValueError for what it cannot read."""
+
+
+@runtime_checkable
+class Conditioner(Protocol):
+    """Makes the named parts of a condition, and their nulls."""
+
+    def __call__(self, told: Mapping[str, Any]) -> Condition:
+        """`told`: what the readers made of it, by their names."""
+
+    def null(self, condition: Condition) -> Condition:
+        """The condition that says nothing, with the same parts, for as many rows as the given one."""
+
+
+# ---- model -------------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What one block keeps from scale to scale of one sampling. It is a value: what a fork adds, its parent never sees."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+
+    def fork(self, commit: bool = True) -> LayerCache:
+        """One that goes on from here. Without `commit` it is for looking ahead: what it is given is thrown away, and the
+        next one may use the same memory."""
+
+    def select(self, rows: Tensor) -> LayerCache:
+        """Chosen rows (int64 [rows']), re-ordered or copied."""
+
+
+@runtime_checkable
+class KeyCache(LayerCache, Protocol):
+    """A cache of keys and values. Attention goes through it, so it may keep, score and drop keys head by head."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> Tensor:
+        """Add keys and values [rows, N, l, head_dim] of the span's tokens, and let these attend: [rows, N, l, head_dim]."""
+
+
+@runtime_checkable
+class Block(Protocol):
+    """One layer of the transformer. branches: parts of it that methods may wrap."""
+
+    branches: nn.ModuleList
+
+    def prepare(self, condition: Condition) -> Any:
+        """What depends on the condition alone: tensors [B, ...] in nested tuples, one entry a branch."""
+
+    def __call__(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """[B, l, D] to [B, l, D]."""
+
+    def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
+        """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""
+
+
+@runtime_checkable
+class Branch(Protocol):
+    """One residual branch of a block."""
+
+    def __call__(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """What is added to the residual stream [B, l, D]."""
+
+
+class Prepared(Protocol):
+    """What a model made of a condition, once an image."""
+
+    def select(self, rows: Tensor) -> Prepared:
+        """Chosen rows (int64 [rows']), re-ordered or copied."""
+
+
+class Cache(Protocol):
+    """What a model keeps from scale to scale: one layer cache a block. A value, as they are."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def fork(self, commit: bool = True) -> Cache: ...
+
+    def select(self, rows: Tensor) -> Cache: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """The generator: training (all scales at once) and sampling (one scale, cached) call the same `hidden`."""
+
+    conditioner: Conditioner
+    head: Head
+    blocks: nn.ModuleList
+
+    def prepare(self, condition: Condition) -> Any:
+        """Everything that depends on the condition alone."""
+
+    def hidden(
+        self, inputs: Tensor | None, prepared: Any, span: Span, cache: Any = None, *, commit: bool = True
+    ) -> Tensor:
+        """Hidden states for the head, [B, l, D]. With `commit=False` the cache stays as it is."""
+
+    def new_cache(self, rows: int, length: int) -> Any:
+        """An empty cache for `rows` sequences of up to `length` tokens."""
+
+    def with_blocks(self, blocks: Iterable[nn.Module]) -> Model:
+        """The same model with these blocks; nothing is copied."""
+
+    def flop(self, schedule: Schedule) -> float:
+        """Floating-point operations of a forward pass for one image, estimated."""
+
+
+@runtime_checkable
+class Head(Protocol):
+    """What is predicted for each token: its loss, its likelihood, its sampling."""
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """What guidance combines: logits float32 [B, l, V] or [B, l, d, 2]; a head without any raises ValueError."""
+
+    def loss(self, h: Tensor, targets: Tokens, draws: Draws, label_smoothing: float = 0.0) -> Tensor:
+        """Loss of each token, [B, l]; `draws`: the images' random numbers, for heads that need some."""
+
+    def judge(self, h: Tensor, targets: Tokens, draws: Draws) -> dict[str, Tensor]:
+        """Measures of each token by name, [B, l] each; the first one is the loss that validation reports."""
+
+    def log_prob(self, h: Tensor, tokens: Tokens) -> Tensor:
+        """Log-likelihood of each token in nats, [B, l]; a head without one raises ValueError."""
+
+    def sample(self, h: Tensor, combine: Combine, pick: Pick, generators: Generators) -> Tokens:
+        """Tokens of hidden states [rows, l, D]: rows are branches x images, which `combine` makes one prediction of."""
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a generator is trained for.
+
+    wants: `tokens` or `features` (encoded once, before training), `items` (of the data, as they are: images, pairs), or
+    `nothing` (it draws its own).
+    """
+
+    @property
+    def wants(self) -> Literal["tokens", "features", "items", "nothing"]: ...
+
+    def loss(self, run: Any, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of a part of a batch, and what to log; `run`: the training (`training.generator_task.Run`)."""
+
+    def judge(self, run: Any, data: Any) -> dict[str, float]:
+        """Metrics on held-out data; `loss` among them."""
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """How good these metrics are; higher is better."""
+
+
+# ---- output, loop, system ----------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Output(Protocol):
+    """What the decoder makes: images, or something else. field: the key of a data item that holds it."""
+
+    field: str
+
+    def shape(self, schedule: Schedule, stride: int) -> tuple[int, ...]:
+        """Shape of one, without the batch."""
+
+    def finish(self, decoded: Tensor) -> Tensor:
+        """What a user gets of what a decoder made: clamped, for example."""
+
+    def pictures(self, content: Tensor) -> Tensor | None:
+        """Something to look at, float [B, 3 or 1 or 4, H, W] in [-1, 1], or None."""
+
+    def measure(self, content: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """How near to the reference each is, by name, [B] each; the first one is the score, higher is better."""
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """The loop: VAR's is `sampling.loop.ScaleByScale`; a recipe may bring its own. All verbs go through it."""
+
+    def start(self, system: System, told: Any, options: Any) -> State:
+        """The state before the first step."""
+
+    def step(self, system: System, state: State) -> State:
+        """The state after one more step; the given one stays as it is."""
+
+    def done(self, system: System, state: State) -> bool:
+        """Whether no step is left."""
+
+    def finish(self, system: System, state: State) -> Tensor:
+        """What the user gets of a state, [B, ...]: after the last step, or earlier as a preview."""
+
+
+class Sampling(Protocol):
+    """How a system samples when the caller says nothing."""
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `ns.sample`."""
+
+    def words(self) -> str:
+        """The same for a title."""
