@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nextscale.sampling.guidance import Guidance as Guidance
     from nextscale.sampling.guidance import cfg as cfg
     from nextscale.sampling.guidance import cfg_ramp as cfg_ramp
-    from nextscale.sampling.loop import State as State
+    from nextscale.sampling.loop import finish as finish
     from nextscale.sampling.loop import run as run
     from nextscale.sampling.loop import sample as sample
     from nextscale.sampling.loop import sample_tokens as sample_tokens
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from nextscale.sampling.pick import multinomial as multinomial
     from nextscale.sampling.pick import tempered as tempered
     from nextscale.sampling.pick import top_k_top_p as top_k_top_p
+    from nextscale.sampling.state import State as State
     from nextscale.schedule import Schedule as Schedule
     from nextscale.schedule import Span as Span
     from nextscale.system import System as System
@@ -70,7 +71,8 @@ _HOME = {
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
     "nextscale.official": ("load_official",),
     "nextscale.sampling.guidance": ("Guidance", "cfg", "cfg_ramp"),
-    "nextscale.sampling.loop": ("State", "run", "sample", "sample_tokens", "start", "step"),
+    "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
+    "nextscale.sampling.state": ("State",),
     "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),
     "nextscale.schedule": ("Schedule", "Span"),
     "nextscale.system": ("System", "decode", "encode", "find_recipe", "logits"),

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.files import atomic_write
+from nextscale.files import atomic_write, digest
 from nextscale.settings import Settings
 from nextscale.system import System, find_recipe
 
-PARTS: tuple[Literal["tokenizer", "model"], ...] = ("tokenizer", "model")
 MAX_CONFIG_BYTES = 10_000_000  # a config is text of a few kB; more is not ours
+
+
+class ChangeConfig(Settings):
+    """A method that changed a system, in `config.json`."""
+
+    recipe: str
+    config: dict[str, Any]
 
 
 class FolderConfig(Settings):
@@ -27,24 +35,45 @@ class FolderConfig(Settings):
 
     format: Literal[1] = 1
     recipe: str
-    parts: tuple[Literal["tokenizer", "model"], ...]
+    parts: tuple[str, ...] = Field(description="names of the parts whose weights are beside it, NAME.safetensors")
     config: dict[str, Any]
+    changes: tuple[ChangeConfig, ...] = Field((), description="methods that changed the system since, in their order")
+    digests: dict[str, str] = Field(
+        {}, description="BLAKE2b of the content of the files of weights, by name of the part"
+    )
+
+
+class Builder(Protocol):
+    """What builds a system: the module of a recipe, or anything with these."""
+
+    Config: type[Settings]
+
+    def build(self, config: Any, seed: int = 0, *, model: bool = True) -> System: ...
 
 
 def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-    """Write a system into `folder`: `config.json`, `tokenizer.safetensors`, and `model.safetensors` if it has a model.
+    """Write a system into `folder`: `config.json`, `tokenizer.safetensors`, `model.safetensors` if it has a model, and one
+    file for each further part that is not somebody else's. Of a changed system the weights before all changes are written, and
+    what the changes were.
 
     `dtype` (torch.float16) stores floating weights in that type; they are float32 again once loaded.
     """
     folder = Path(folder)
-    for part in PARTS:
-        module = getattr(system, part)
-        if module is not None:
-            save_weights(module, folder / f"{part}.safetensors", dtype)
+    saved = saved_parts(system.base)
+    digests = {}
+    for name, module in saved.items():
+        path = folder / f"{name}.safetensors"
+        save_weights(module, path, dtype)
+        digests[name] = digest(path)
     config = FolderConfig(
         recipe=system.recipe,
-        parts=tuple(part for part in PARTS if getattr(system, part) is not None),
+        parts=tuple(saved),
         config=system.config.model_dump(mode="json"),
+        changes=tuple(
+            ChangeConfig(recipe=change.recipe, config=change.config.model_dump(mode="json"))
+            for change in system.changes
+        ),
+        digests=digests,
     )
     # Last: a folder with a config is complete.
     with atomic_write(folder / "config.json") as path:
@@ -52,23 +81,77 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     return folder
 
 
-def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> System:
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    recipe: Builder | None = None,
+) -> System:
     """A system by name: one that ships with the package (`emoji-64`), a folder, or a repository of the Hugging Face hub.
+
+    Args:
+        device: where it computes.
+        dtype: torch.bfloat16 or float16: of weights and activations, for sampling; what decides tokens stays float32
+            (`system.FLOAT32`). Default: float32.
+        recipe: what builds the system, for a recipe that does not come with nextscale.
 
     Raises FileNotFoundError or ValueError with what is missing or wrong; a folder that does not fit loads nothing.
     """
     folder = find_folder(name)
     config = _read_config(folder / "config.json")
-    recipe = find_recipe(config.recipe)
+    builder: Builder = recipe or find_recipe(config.recipe)
+    settings = _settings(builder.Config, config.config, folder, f"a {config.recipe} system")
+    system = _built(lambda: builder.build(settings, model="model" in config.parts))
+    own = saved_parts(system)
+    if set(config.parts) != set(own):
+        raise ValueError(
+            f"{folder / 'config.json'} names the parts {sorted(config.parts)}, but a {config.recipe} system has {sorted(own)}; "
+            "copy or download the folder again"
+        )
+    for part, module in own.items():
+        path = folder / f"{part}.safetensors"
+        load_weights(module, path)
+        if config.digests.get(part, found := digest(path)) != found:
+            raise ValueError(f"{path} is damaged: its content is not what was saved; copy or download it again")
+    for part, module in own.items():
+        if part in system.roles and system.roles[part] != "trained":
+            module.requires_grad_(False)
+    system = system.to(device).eval()
+    if dtype is not None:
+        system.half_(dtype)
+    for change in config.changes:
+        method = find_recipe(change.recipe)
+        system = method.apply(system, _settings(method.Config, change.config, folder, f"the change {change.recipe}"))
+    return system
+
+
+def saved_parts(system: System) -> dict[str, nn.Module]:
+    """The parts whose weights belong to a system, by name: tokenizer, model, and all others that are not external."""
+    parts: dict[str, nn.Module | None] = {"tokenizer": system.tokenizer, "model": system.model}
+    parts |= {name: module for name, module in system.parts.items() if system.roles[name] != "external"}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
+def _settings(kind: type[Settings], values: dict[str, Any], folder: Path, what: str) -> Any:
     try:
-        settings = recipe.Config.model_validate(config.config)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a {config.recipe} system: {error}") from error
-    with torch.device("meta"):  # no memory and no random numbers for weights that the files replace
-        system = recipe.build(settings, model="model" in config.parts)
-    for part in config.parts:
-        load_weights(getattr(system, part), folder / f"{part}.safetensors")
-    return system.to(device).eval()
+        raise ValueError(f"{folder / 'config.json'} does not describe {what}: {error}") from error
+
+
+def _built(build: Callable[[], System]) -> System:
+    """A system to be filled from files: without memory and random numbers for what these replace, if that is all it has. Else
+    (external parts, tables in buffers that are not saved) an ordinary one."""
+    with torch.device("meta"):
+        system = build()
+    replaced = {id(tensor) for part in saved_parts(system).values() for tensor in _state(part).values()}
+    tensors = itertools.chain(system.parameters(), system.buffers())
+    return build() if any(tensor.is_meta and id(tensor) not in replaced for tensor in tensors) else system
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return module.state_dict(keep_vars=True)
 
 
 def shipped() -> dict[str, Path]:
@@ -174,8 +257,8 @@ def _read_config(path: Path) -> FolderConfig:
         raise ValueError(f"{path} is not JSON ({error}); copy or download the folder again") from error
     except ValidationError as error:
         raise ValueError(f"{path} is not the config of a system; copy or download the folder again: {error}") from error
-    if "tokenizer" not in config.parts:
-        raise ValueError(f"{path}: a system needs a tokenizer, got the parts {list(config.parts)}")
+    if "tokenizer" not in config.parts or not all(re.fullmatch(r"\w+", part) for part in config.parts):
+        raise ValueError(f"{path}: a system needs a tokenizer, and parts have plain names, got {list(config.parts)}")
     return config
 
 

@@ -22,6 +22,7 @@ class Condition:
     context_mask: Tensor | None = None  # bool [B, T], True = a real token
     spatial: Tensor | None = None  # [B, L, E]: aligned with the tokens of all scales
     prefix: Tensor | None = None  # [B, P, D]: tokens before the image
+    prefix_mask: Tensor | None = None  # bool [B, P], True = a real token
 
     def __len__(self) -> int:
         return len(self.vec)

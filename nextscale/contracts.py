@@ -26,7 +26,7 @@ Corrupt = Callable[[Tokens, int], Tokens]
 Generators = torch.Generator | list[torch.Generator]
 Combine = Callable[[Tensor], Tensor]
 Pick = Callable[[Tensor, Generators], Tokens]
-Edit = Callable[[Tokens, int], Tokens]
+Edit = Callable[[Any, int], Any]  # (tokens, k) -> tokens
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,7 +133,12 @@ class Conditioner(Protocol):
 
 @runtime_checkable
 class LayerCache(Protocol):
-    """What one block keeps from scale to scale of one sampling. It is a value: what a fork adds, its parent never sees."""
+    """What one block keeps from scale to scale of one sampling. It is a value: what a fork adds, its parent never sees.
+
+    outputs: what methods keep of the block's branches to use it again, [rows, ...] by a number of their own.
+    """
+
+    outputs: dict[int, Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -213,8 +218,8 @@ class Model(Protocol):
     ) -> Tensor:
         """Hidden states for the head, [B, l, D]. With `commit=False` the cache stays as it is."""
 
-    def new_cache(self, rows: int, length: int) -> Any:
-        """An empty cache for `rows` sequences of up to `length` tokens."""
+    def new_cache(self, prepared: Any, schedule: Schedule) -> Any:
+        """An empty cache for the rows of `prepared` and all scales of a schedule."""
 
     def with_blocks(self, blocks: Iterable[nn.Module]) -> Model:
         """The same model with these blocks; nothing is copied."""
@@ -272,9 +277,11 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Output(Protocol):
-    """What the decoder makes: images, or something else. field: the key of a data item that holds it."""
+    """What the decoder makes: images, or something else."""
 
-    field: str
+    @property
+    def field(self) -> str:
+        """The key of a data item that holds it."""
 
     def shape(self, schedule: Schedule, stride: int) -> tuple[int, ...]:
         """Shape of one, without the batch."""
@@ -301,6 +308,9 @@ class Stepper(Protocol):
 
     def done(self, system: System, state: State) -> bool:
         """Whether no step is left."""
+
+    def skipping(self, scales: int) -> Stepper:
+        """The same loop without its last scales (as many as it leaves out already, at least); ValueError if it cannot."""
 
     def finish(self, system: System, state: State) -> Tensor:
         """What the user gets of a state, [B, ...]: after the last step, or earlier as a preview."""

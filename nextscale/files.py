@@ -1,6 +1,7 @@
 """Where files go and how they get there: the cache folder, and writes that are whole or absent."""
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -102,3 +103,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of the content of a file; empty without one."""
+    hashed = hashlib.blake2b(digest_size=32)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                hashed.update(block)
+    except FileNotFoundError:
+        return ""
+    return hashed.hexdigest()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
+from nextscale.contracts import Output, Stepper
+from nextscale.modules import replaced
+from nextscale.output import Images
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -33,12 +38,49 @@ class Reader(Protocol):
         """One entry an image; None says nothing. The result has `.to(device)`."""
 
 
-class System(nn.Module):
-    """A tokenizer, a model (None before one is trained), the schedule, the names of the classes, sampling defaults, how
-    the model is trained, who reads its labels (None: they are names or numbers of classes), and how many of the last
-    scales sampling leaves out.
+# What stays float32 in a system of lower precision: codes and distances between them, logits and their probabilities. A rounded
+# number there is another token.
+FLOAT32 = ("tokenizer.pyramid", "model.head")
 
-    `recipe` and `config` say how it was built; saving and loading need nothing else but the weights.
+Role = Literal["trained", "frozen", "external"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network beside tokenizer and model: a refiner, a teacher, a text encoder.
+
+    trained, frozen: its weights are saved with the system. external: they are somebody else's; the recipe's `build` gets them
+    again when the system is loaded.
+    """
+
+    module: nn.Module
+    role: Role = "frozen"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A method that changed a system: the recipe's name, its settings, and the system before it."""
+
+    recipe: str
+    config: Settings
+    before: System
+
+
+class System(nn.Module):
+    """What a recipe builds and every verb takes first. Saving and loading need `recipe` and `config`, which say how it was
+    built, the `changes` made to it since, and the weights.
+
+    Args:
+        recipe, config: name of the recipe and its settings.
+        schedule: sizes of the scales.
+        tokenizer, model: see `contracts`; model is None before one is trained.
+        classes: names of the classes.
+        sampling: how it samples by default.
+        objective: what the model is trained for.
+        reader: who reads its labels (None: they are names or numbers of classes).
+        output: what its decoder makes.
+        stepper: its own loop; None: scale by scale.
+        parts: further networks by name. They follow `.to(...)` like all others.
     """
 
     def __init__(
@@ -52,7 +94,10 @@ class System(nn.Module):
         sampling: SamplingDefaults = SamplingDefaults(),
         objective: Objective = TeacherForcing(),
         reader: Reader | None = None,
-        skipped: int = 0,
+        *,
+        output: Output = Images(),
+        stepper: Stepper | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -60,19 +105,52 @@ class System(nn.Module):
         self.schedule = schedule
         # Parts are known by their contracts, not by a base class.
         self.tokenizer: Any = tokenizer
-        self.model: Any = model
+        self.model: Any
+        self.register_module("model", model)
         self.classes = tuple(classes)
         self.sampling = sampling
         self.objective = objective
         self.reader = reader
-        self.skipped = skipped
+        self.output, self.stepper = output, stepper
+        self.parts = nn.ModuleDict({name: part.module for name, part in (parts or {}).items()})
+        self.roles: dict[str, Role] = {name: part.role for name, part in (parts or {}).items()}
+        for name, role in self.roles.items():
+            if role != "trained":
+                self.parts[name].requires_grad_(False)
+        self.changes: tuple[Change, ...] = ()
         self.eval()
 
-    def with_model(self, model: nn.Module, skipped: int = 0) -> System:
-        """The same system around another model, which may leave out the last scales: nothing is copied."""
-        s = self
-        parts = s.recipe, s.config, s.schedule, s.tokenizer, model, s.classes, s.sampling, s.objective, s.reader
-        return System(*parts, skipped)
+    def with_model(self, model: nn.Module) -> System:
+        """The same system around another model of the same weights' names: nothing is copied."""
+        return replaced(self, model=model)
+
+    def changed(
+        self, recipe: str, config: Settings, *, model: nn.Module | None = None, stepper: Stepper | None = None
+    ) -> System:
+        """This system after a method changed its model or its loop; it shares all weights and goes on in the same mode. The
+        recipe's name and settings are kept, so that the result can be saved, loaded and changed again."""
+        other = self if model is None else replaced(self, model=model)
+        other = copy.copy(other)
+        other.stepper = self.stepper if stepper is None else stepper
+        other.changes = (*self.changes, Change(recipe, config, self))
+        return other
+
+    def half_(self, dtype: torch.dtype) -> System:
+        """Weights and activations in bfloat16 or float16 from now on, for sampling; what `FLOAT32` names stays float32."""
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype: expected torch.bfloat16, float16 or float32, got {dtype}")
+        self.to(dtype)
+        for name in FLOAT32:
+            owner, _, leaf = name.partition(".")
+            part = getattr(self, owner)
+            if part is not None:
+                getattr(part, leaf).float()
+        return self
+
+    @property
+    def base(self) -> System:
+        """The system before all changes."""
+        return self.changes[0].before if self.changes else self
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -152,7 +230,7 @@ def decode(system: System, tokens: Sequence[Tensor], schedule: Schedule | None =
     """
     schedule = schedule or system.schedule
     tokens = _checked(system, tokens, schedule)
-    return system.tokenizer.decode(system.tokenizer.f_hat(tokens, schedule)).clamp(-1, 1)
+    return system.output.finish(system.tokenizer.decode(system.tokenizer.f_hat(tokens, schedule)))
 
 
 @torch.no_grad()

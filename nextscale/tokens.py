@@ -24,7 +24,7 @@ def each(function: Callable[..., Tensor], *tokens: T) -> T:
     first = tokens[0]
     if isinstance(first, Tensor):
         return function(*tokens)  # type: ignore[return-value]
-    return type(first)(*(function(*parts) for parts in zip(*tokens, strict=True)))  # type: ignore[return-value]
+    return type(first)(*(function(*parts) for parts in zip(*tokens, strict=True)))
 
 
 def first_tensor(tokens: Tokens) -> Tensor:
@@ -40,6 +40,6 @@ def joined(maps: Sequence[T]) -> T:
 def split(tokens: T, lengths: Sequence[int]) -> list[T]:
     """The other way: one token map a scale."""
     if isinstance(tokens, Tensor):
-        return list(tokens.split(list(lengths), dim=1))  # type: ignore[arg-type]
+        return list(tokens.split(list(lengths), dim=1))
     parts = [tensor.split(list(lengths), dim=1) for tensor in tokens]
-    return [type(tokens)(*some) for some in zip(*parts, strict=True)]  # type: ignore[misc]
+    return [type(tokens)(*some) for some in zip(*parts, strict=True)]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import nextscale as ns
-from nextscale.model.attention import LayerCache
+from nextscale.model.attention import KVCache
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
 from nextscale.schedule import Schedule
@@ -81,7 +81,7 @@ class Zeros(torch.nn.Module):
 
 def test_left_out_tokens_get_the_resized_output_of_the_last_dense_scale():
     branch = fastvar.PrunedBranch(Zeros(), 0, fastvar.Config(ratios=(0.5,)))
-    cache = LayerCache(torch.zeros(2, 2, 1, 20, 1))
+    cache = KVCache(2, 1, 20, 1, torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     cache.outputs[0] = torch.randn(2, 3, 2, 2, generator=generator)
     h = torch.randn(2, 16, 3, generator=generator)

@@ -21,8 +21,9 @@ from nextscale.model.rotary import Rotary, RotaryAttention, RotarySettings, rota
 from nextscale.model.text_condition import Text, TextCondition
 from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder
 from nextscale.recipes.generators import infinity
-from nextscale.recipes.generators.infinity import SIZES, SelfCorrection, schedule_for, with_negative
-from nextscale.sampling.inside import guide_inside
+from nextscale.recipes.generators.infinity import SIZES, SelfCorrection, schedule_for
+from nextscale.recipes.guidance import inside
+from nextscale.recipes.guidance.negative import with_negative
 from nextscale.sampling.pick import filter_logits
 from nextscale.schedule import Schedule
 from nextscale.system import teacher_logits
@@ -501,7 +502,7 @@ def test_generation(which, case, monkeypatch):
     if "neg" in settings:
         s = with_negative(s, ["not 0", "not 1"])
     if "ins" in settings:
-        s, guidance = guide_inside(s, guidance, settings["ins"][0])
+        s = inside.apply(s, inside.Config(block=settings["ins"][0]))
     if "unfused" in settings:  # the official code without the fused norm: every scale turned as if it came first
         tables = Rotary.__call__
         whole = lambda self, span, device=None: tables(self, span.schedule.span(), device)[: span.end - span.begin]  # noqa: E731
@@ -807,17 +808,17 @@ def test_negative_prompts():
 
 def test_guidance_inside_a_layer():
     s, prompts = tiny(), ["a red apple", "a cat"]
-    inner, guidance = guide_inside(s, ns.cfg(1.0), -1)
+    inner = inside.apply(s, inside.Config(block=-1))
     for a, b in zip(
-        ns.sample_tokens(inner, prompts, guidance=guidance, seed=2),
+        ns.sample_tokens(inner, prompts, guidance=ns.cfg(1.0), seed=2),
         ns.sample_tokens(s, prompts, guidance=ns.cfg(1.0), seed=2),
         strict=True,
     ):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="blocks 0 to 1, or -2 to -1"):
-        guide_inside(s, ns.cfg(2.0), 2)
-    with pytest.raises(ValueError, match="while sampling"):
-        ns.logits(inner, ns.sample_tokens(s, prompts), prompts)
+        inside.apply(s, inside.Config(block=2))
+    tokens = ns.sample_tokens(s, prompts)  # a teacher-forced pass knows nothing of it
+    assert torch.equal(ns.logits(inner, tokens, prompts), ns.logits(s, tokens, prompts))
 
 
 def test_prompts_that_are_no_texts():

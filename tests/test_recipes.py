@@ -4,6 +4,8 @@ A recipe builds a system (`build`) or changes one (`apply`), as faster decoding 
 without the laws that only exact decoding keeps.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
 from nextscale.system import System, recipe_names, teacher_logits
 from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.tokens import first_tensor
 
 VAR_VARIANTS = {
     "plain": {},
@@ -44,7 +47,7 @@ def build(case: str) -> System:
     recipe_name, variant = case.split(": ")
     recipe = ns.find_recipe(recipe_name)
     if hasattr(recipe, "apply"):
-        return recipe.apply(build("var: plain"), recipe.tiny())
+        return recipe.apply(build(f"{getattr(recipe, 'EXAMPLE', 'var')}: plain"), recipe.tiny())
     config = recipe.tiny(**VAR_VARIANTS[variant]) if recipe_name == "var" else recipe.tiny()
     system = recipe.build(config, seed=1)
     with torch.no_grad():  # random codes far enough apart that no token is decided by rounding
@@ -218,12 +221,66 @@ def test_law_6_shapes(system, labels):
     assert ns.logits(system, tokens[:1], labels).shape[1] == system.schedule.lengths[0]
 
 
-def test_law_7_save_load_sample(system, tmp_path, labels, exact):
+def test_law_7_save_load_sample(system, tmp_path, labels):
     before = ns.sample(system, labels, seed=9)
     again = ns.load(ns.save(system, tmp_path / "saved"))
     assert torch.equal(ns.sample(again, labels, seed=9), before)
     assert again.classes == system.classes and again.schedule == system.schedule
     assert again.config == system.config
+
+
+def continued(system: System, state: ns.State) -> list[torch.Tensor]:
+    """The tokens of all scales, from a state on."""
+    return [first_tensor(tokens) for tokens in ns.run(system, state).tokens]
+
+
+def test_law_8_a_state_is_a_value(system, labels):
+    """Two children of one state, in any order and interleaved, give what the parent would have given alone."""
+    begun = ns.start(system, labels, seed=[1, 2, 3], guidance=ns.cfg(2.0))
+    expected = [first_tensor(t) for t in ns.sample_tokens(system, labels, seed=[1, 2, 3], guidance=ns.cfg(2.0))]
+    state, others = begun, []
+    for k in range(len(expected)):
+        others.append(ns.step(system, replace(state, pick=ns.greedy, noise=begun.noise)))  # another child, first
+        following = ns.step(system, state)
+        for got, right in zip(continued(system, state)[k:], expected[k:], strict=True):  # and a third one, to the end
+            assert torch.equal(got, right)
+        state = following
+    for got, right in zip(state.tokens, expected, strict=True):
+        assert torch.equal(first_tensor(got), right)
+    greedy = [first_tensor(t) for t in ns.sample_tokens(system, labels, pick=ns.greedy, guidance=ns.cfg(2.0))]
+    for got, right in zip(continued(system, others[0]), greedy, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_law_8_a_step_can_be_tried_again(system, labels):
+    """A step that fails half-way, in the last block, leaves no trace."""
+    if len(system.schedule) < 2:
+        pytest.skip("one scale")
+    expected = ns.sample(system, labels, seed=4)
+    state = ns.step(system, ns.start(system, labels, seed=4))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = system.model.norm.register_forward_hook(fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            ns.step(system, state)
+    handle.remove()
+    assert torch.equal(ns.finish(system, ns.run(system, state)), expected)
+
+
+def test_law_8_with_one_generator_for_all(system, labels):
+    """The caller's generator moves on with the last step taken, and a step taken again draws the same."""
+    generator = torch.Generator().manual_seed(5)
+    state = ns.start(system, labels, generator=generator)
+    first, again = ns.step(system, state), ns.step(system, state)
+    assert torch.equal(first_tensor(first.tokens[0]), first_tensor(again.tokens[0]))
+    ns.run(system, first)
+    moved = generator.get_state()
+    generator.manual_seed(5)
+    ns.sample(system, labels, generator=generator)
+    assert torch.equal(generator.get_state(), moved)
 
 
 def test_parts_of_a_condition_have_their_own_null(system, labels):

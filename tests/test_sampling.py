@@ -5,7 +5,7 @@ import torch
 from small import small
 
 import nextscale as ns
-from nextscale.model.block import replaced
+from nextscale.modules import replaced
 from nextscale.recipes.generators import var
 from nextscale.sampling.pick import filter_logits
 from nextscale.schedule import Schedule
@@ -134,12 +134,12 @@ def test_modulation_is_computed_once_an_image_and_the_cache_is_static():
         if type(module).__name__ == "OwnModulation":
             module.register_forward_hook(lambda *_: calls.append(1))
     state = ns.start(system, [0, 1], guidance=ns.cfg(2.0))
-    memory = [layer.memory.data_ptr() for layer in state.cache.layers]
+    memory = [layer.memory.room.data_ptr() for layer in state.cache.layers]
     s = system.model.settings
     assert state.cache.nbytes == 2 * s.depth * 4 * system.schedule.length * s.dim * 4  # K and V, 4 rows, float32
     state = ns.run(system, state)
     assert len(calls) == s.depth + 1
-    assert [layer.memory.data_ptr() for layer in state.cache.layers] == memory
+    assert [layer.memory.room.data_ptr() for layer in state.cache.layers] == memory
 
 
 def test_labels():

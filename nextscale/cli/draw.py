@@ -22,7 +22,7 @@ from nextscale.cli.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nextscale.sampling.loop import Edit
+    from nextscale.contracts import Edit
     from nextscale.schedule import Schedule
     from nextscale.system import System
 

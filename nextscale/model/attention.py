@@ -1,72 +1,184 @@
-"""Self-attention over scales: block-causal, with or without a cache, and never with a dense mask."""
+"""Self-attention over scales, with or without a cache, and never with a dense mask."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.contracts import KeyCache, LayerCache
 from nextscale.model.lean import Linear, Prefixes, QKNorm, linear
 from nextscale.schedule import Span
 
 
-class LayerCache:
-    """Keys and values of one layer, in memory that is allocated once. Owns its length; a view is returned, not a copy."""
+class Memory:
+    """Room for keys and values, [2, rows, N, length, head_dim], which the forks of a cache share: `used` tokens of it are
+    somebody's."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory  # [2, rows, N, L, head_dim]
+    def __init__(self, room: Tensor) -> None:
+        self.room, self.used = room, 0
+
+
+class KVCache:
+    """Keys and values of one layer, in memory that is allocated once (`contracts.KeyCache`).
+
+    A cache is a value. Forks share memory as long as one of them goes on; a second one that adds tokens where the first has
+    done so takes a copy. So sampling in a row copies nothing, and a tree of states copies once a branch.
+
+    outputs: what methods keep of the block's branches to use it again, [rows, ...] by a number of their own.
+    """
+
+    def __init__(self, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        self.memory = Memory(like.new_empty(2, rows, heads, length, head_dim))
         self.length = 0
-        self.outputs: dict[int, Tensor] = {}  # [rows, ...] of the branches, for methods that use them again
+        self.segments: tuple[tuple[int, int], ...] = ()  # (scale, end) of what was added; scale -1 is the prefix
+        self.committed = True
+        self.outputs: dict[int, Tensor] = {}
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [rows, N, l, head_dim]; returns all so far, [rows, N, length, head_dim]."""
+    def fork(self, commit: bool = True) -> KVCache:
+        """See `contracts.LayerCache`."""
+        other = copy.copy(self)
+        other.outputs, other.committed = dict(self.outputs), commit
+        return other
+
+    def select(self, rows: Tensor) -> KVCache:
+        """Chosen rows (int64 [rows'])."""
+        other = self.fork(self.committed)
+        room = self.memory.room
+        other.memory = Memory(room.new_empty(2, len(rows), *room.shape[2:]))
+        other.memory.room[:, :, :, : self.length] = room[:, rows, :, : self.length]
+        other.memory.used = self.length
+        other.outputs = {place: output[rows] for place, output in self.outputs.items()}
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values in bytes."""
+        return self.memory.room.nbytes
+
+    def append(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store the span's keys and values [rows, N, l, head_dim]; returns views of all so far, [rows, N, length, head_dim]."""
         end = self.length + k.shape[2]
-        self.memory[0, :, :, self.length : end] = k
-        self.memory[1, :, :, self.length : end] = v
-        self.length = end
-        return self.memory[0, :, :, :end], self.memory[1, :, :, :end]
+        if self.memory.used > self.length:  # another fork went on from here
+            room = self.memory.room
+            self.memory = Memory(torch.empty_like(room))
+            self.memory.room[:, :, :, : self.length] = room[:, :, :, : self.length]
+            self.memory.used = self.length
+        room = self.memory.room
+        room[0, :, :, self.length : end] = k
+        room[1, :, :, self.length : end] = v
+        if self.committed:
+            self.memory.used = end
+        self.segments, self.length = (*self.segments, *_segments(span, self.length)), end
+        return room[0, :, :, :end], room[1, :, :, :end]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> Tensor:
+        """See `contracts.KeyCache`."""
+        k, v = self.append(k, v, span)
+        return attend_by_scale(q, k, v, span, self.segments, scale)
 
 
 class Cache:
-    """Keys and values of all layers; made by the caller for one run of the scale loop."""
+    """The caches of all layers; made for one run of the scale loop. A value, as they are."""
 
-    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.layers = [LayerCache(like.new_empty(2, rows, heads, length, head_dim)) for _ in range(layers)]
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        self.layers = list(layers)
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep, re-order or copy rows (int64 [rows'])."""
-        for layer in self.layers:
-            layer.memory = layer.memory[:, rows]
-            layer.outputs = {place: output[rows] for place, output in layer.outputs.items()}
+    def fork(self, commit: bool = True) -> Cache:
+        """One that goes on from here; this one stays as it is."""
+        return Cache([layer.fork(commit) for layer in self.layers])
+
+    def select(self, rows: Tensor) -> Cache:
+        """Chosen rows (int64 [rows']), re-ordered or copied."""
+        return Cache([layer.select(rows) for layer in self.layers])
 
     @property
     def nbytes(self) -> int:
-        """Memory of all keys and values in bytes."""
-        return sum(layer.memory.nbytes for layer in self.layers)
+        """Memory of all layers in bytes."""
+        return sum(layer.nbytes for layer in self.layers)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, cache: LayerCache | None = None) -> Tensor:
-    """Block-causal attention of the tokens of `span`, [B, N, l, head_dim].
+def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, cache: KeyCache | None = None) -> Tensor:
+    """Attention of the tokens of `span`, [B, N, l, head_dim], to what its sight shows them.
 
-    Each scale attends to itself and to all coarser scales: one call a scale on a slice of keys and values. There is no
-    mask, nothing is computed in vain, and fused kernels apply. With a cache, keys and values of earlier scales come
-    from there; without one the span must begin at the first scale.
+    With a cache, keys and values of earlier scales come from there; without one the span must begin at the first scale.
     """
     if cache is not None:
-        k, v = cache.append(k, v)
+        return cache.attend(q, k, v, span, scale)
     if trains_in_half_on_cpu(v):
-        return by_products(q, k, v, span.mask(q.device), scale)
-    if len(span) == 1:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    ends = [end for _, end in span.bounds()]
-    parts = zip(q.split(span.lengths, dim=2), Prefixes.apply(k, ends), Prefixes.apply(v, ends), strict=True)
-    out = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+        mask = span.mask(q.device)
+        return by_products(q, k, v, mask if mask.ndim == 2 else mask[:, None], scale)
+    return attend_by_scale(q, k, v, span, _segments(span, 0), scale)
+
+
+def attend_by_scale(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, segments: Sequence[tuple[int, int]], scale: float
+) -> Tensor:
+    """One call for each scale of the span (and one for the prefix), on a slice of keys and values: there is no mask, nothing
+    is computed in vain, and fused kernels apply. A mask is needed where a prefix is padded.
+
+    segments: (scale, end) of the keys at hand, in their order; scale -1 is the prefix.
+    """
+    prefix = [-1] if span.leading else []
+    scales, lengths = [*prefix, *range(span.first, span.stop)], [span.leading] * len(prefix) + list(span.lengths)
+    seen = [_ranges(span, k, segments) for k in scales]
+    mask = None if span.real is None else span.real[:, None, None]  # [B, 1, 1, prefix]
+    if len(scales) == 1:
+        return _sdpa(q, _cut(k, seen[0]), _cut(v, seen[0]), seen[0], mask, scale)
+    if all(len(ranges) == 1 and ranges[0][0] == 0 for ranges in seen):
+        ends = [ranges[0][1] for ranges in seen]
+        keys, values = Prefixes.apply(k, ends), Prefixes.apply(v, ends)
+    else:
+        keys, values = [_cut(k, ranges) for ranges in seen], [_cut(v, ranges) for ranges in seen]
+    parts = zip(q.split(lengths, dim=2), keys, values, seen, strict=True)
+    out = [_sdpa(*part, mask, scale) for part in parts]
     return torch.cat([part.transpose(1, 2) for part in out], dim=1).transpose(1, 2)
+
+
+Ranges = list[tuple[int, int]]
+
+
+def _segments(span: Span, begin: int) -> list[tuple[int, int]]:
+    """(scale, end) of the span's tokens, behind `begin` others."""
+    prefix = [(-1, span.leading)] if span.leading else []
+    pieces = [*prefix, *zip(range(span.first, span.stop), span.lengths, strict=True)]
+    ends = itertools.accumulate((length for _, length in pieces), initial=begin)
+    return [(k, end) for (k, _), end in zip(pieces, itertools.islice(ends, 1, None), strict=True)]
+
+
+def _ranges(span: Span, k: int, segments: Sequence[tuple[int, int]]) -> Ranges:
+    """Which keys scale k (-1: the prefix) sees, as few `(begin, end)` as possible."""
+    first = 0 if k < 0 else span.sight.first(k)
+    ranges: Ranges = []
+    begin = 0
+    for scale, end in segments:
+        seen = first <= scale <= k if scale >= 0 else k < 0 or span.sight.prefix
+        if seen and ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], end)
+        elif seen:
+            ranges.append((begin, end))
+        begin = end
+    return ranges
+
+
+def _cut(x: Tensor, ranges: Ranges) -> Tensor:
+    pieces = [x[:, :, begin:end] for begin, end in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, real: Tensor | None, scale: float) -> Tensor:
+    mask = None
+    if real is not None and ranges[0][0] == 0:  # the prefix comes first
+        mask = F.pad(real, (0, k.shape[2] - real.shape[-1]), value=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def trains_in_half_on_cpu(v: Tensor) -> bool:
@@ -114,7 +226,7 @@ class SelfAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return self.qkv(x, bias)
 
-    def forward(self, qkv: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, qkv: Tensor, span: Span, cache: KeyCache | None = None) -> Tensor:
         """What the tokens tell each other, [B, l, D]."""
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, N, l, head_dim]
         if self.log_scale is None:

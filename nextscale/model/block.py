@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.model.attention import LayerCache, SelfAttention
+from nextscale.contracts import Block as ABlock
+from nextscale.contracts import LayerCache
+from nextscale.model.attention import KVCache, SelfAttention
 from nextscale.model.lean import Linear, checkpointed
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.schedule import Span
@@ -122,6 +123,7 @@ class Block(nn.Module):
     def __init__(self, settings: TransformerSettings, drop_path: float = 0.0) -> None:
         super().__init__()
         s = settings
+        self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         attention = SelfAttention(s.dim, s.num_heads, s.unit_norm)
         feed_forward = FeedForward(s.dim, round(s.dim * s.mlp_ratio))
         self.branches = nn.ModuleList(Branch(layer, s, drop_path) for layer in (attention, feed_forward))
@@ -131,6 +133,10 @@ class Block(nn.Module):
         """Gate, scale and shift of each branch, [B, 3, 1, D]."""
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         return parts.unflatten(1, (3, -1)).unbind(2)
+
+    def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
+        """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""
+        return KVCache(rows, self.num_heads, length, self.head_dim, like)
 
     def forward(
         self, h: Tensor, prepared: tuple[Tensor, ...], span: Span, cache: LayerCache | None = None
@@ -148,14 +154,28 @@ class Block(nn.Module):
         self.modulation.reset_parameters(settings, generator)
 
 
-M = TypeVar("M", bound=nn.Module)
+class BlockWrapper(nn.Module):
+    """A block around another one: what it does not change is the inner block's."""
 
+    def __init__(self, block: ABlock) -> None:
+        super().__init__()
+        self.block = block
 
-def replaced(module: M, **parts: nn.Module) -> M:
-    """A module that shares everything with the given one but the named parts."""
-    other = copy.copy(module)
-    other._modules = {**module._modules, **parts}
-    return other
+    @property
+    def branches(self) -> nn.ModuleList:
+        return self.block.branches
+
+    def prepare(self, condition: Condition) -> Any:
+        """The inner block's own."""
+        return self.block.prepare(condition)
+
+    def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
+        """The inner block's own."""
+        return self.block.new_cache(rows, length, like)
+
+    def forward(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """[B, l, D] to [B, l, D]."""
+        return self.block(h, prepared, span, cache)
 
 
 def plain_norm(settings: TransformerSettings) -> nn.Module:

@@ -29,10 +29,10 @@ class LearnedPositions(nn.Module):
             var_normal_(weight, settings.dim, generator)
 
     def forward(self, span: Span) -> Tensor:
-        """Positions of the tokens of a span, [l, D]."""
+        """Positions of the tokens of a span, [l, D] (of kept tokens [B, kept, D])."""
         if span.schedule.sizes[: span.stop] != self.sizes[: span.stop]:
             raise ValueError(
                 f"this model has learned positions for the scales {Schedule(self.sizes)}, got {span.schedule}; "
                 "sample with the model's own schedule"
             )
-        return self.table[span.tokens] + self.scale(span.scale_index(self.table.device))
+        return span.gather(self.table[span.tokens] + self.scale(span.scale_index(self.table.device)))

@@ -47,9 +47,16 @@ class Rotary:
         self.settings, self.head_dim, self.tables = settings, head_dim, tuple(tables)
 
     def __call__(self, span: Span, device: torch.device | str | None = None) -> Tensor:
-        """Cosines and sines of the span's tokens, [l, 2, head_dim / 2]; of a span of kept tokens [B, l, 2, head_dim / 2]."""
+        """Cosines and sines of the span's tokens, [l, 2, head_dim / 2]; of a span of kept tokens [B, l, 2, head_dim / 2].
+
+        Tokens of a prefix are not turned: they bring their own positions.
+        """
         finest = self.finest(span.schedule)
-        return span.gather(_table(span.sizes, finest, self.settings, self.head_dim, torch.device(device or "cpu")))
+        table = span.gather(_table(span.sizes, finest, self.settings, self.head_dim, torch.device(device or "cpu")))
+        if span.leading:
+            still = table.new_tensor([1.0, 0.0]).view(1, 2, 1).expand(span.leading, 2, table.shape[-1])
+            table = torch.cat([still, table])
+        return table
 
     def finest(self, schedule: Schedule) -> tuple[int, int]:
         """The grid in which tokens of a schedule have their places."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.model.attention import LayerCache, Projection, by_products, trains_in_half_on_cpu
+from nextscale.contracts import LayerCache
+from nextscale.model.attention import KVCache, Projection, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
@@ -147,6 +148,8 @@ class ContextBranch(nn.Module):
     def forward(
         self, h: Tensor, context: tuple[Tensor, Tensor, Tensor], span: Span, cache: LayerCache | None = None
     ) -> Tensor:
+        if not span.sight.context:
+            return torch.zeros_like(h)
         update = self.layer(self.norm(h), *context)
         return update if self.scale is None else update * self.scale
 
@@ -170,6 +173,7 @@ class TextBlock(nn.Module):
     ) -> None:
         super().__init__()
         s = settings
+        self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         hidden = round_to * max(1, round(s.dim * s.mlp_ratio / round_to))
         attention = RotaryAttention(s.dim, s.num_heads, rotary, s.unit_norm)
         self.branches: Any = nn.ModuleList(
@@ -186,6 +190,10 @@ class TextBlock(nn.Module):
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         first, last = parts.unflatten(1, (3, 2)).unbind(2)
         return first, self.branches[1].prepare(condition), last
+
+    def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
+        """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""
+        return KVCache(rows, self.num_heads, length, self.head_dim, like)
 
     def forward(
         self, h: Tensor, prepared: tuple[Any, ...], span: Span, cache: LayerCache | None = None

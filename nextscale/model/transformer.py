@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,23 +11,39 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.model.attention import Cache
-from nextscale.model.block import Block, OwnModulation, plain_norm, replaced
+from nextscale.model.block import Block, OwnModulation, plain_norm
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.schedule import Span
+from nextscale.modules import replaced
+from nextscale.schedule import Schedule, Span
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What depends on the condition alone, computed once an image: start tokens, and each block's and the head's part."""
+    """What depends on the condition alone, computed once an image: start tokens, each block's and the head's part, and the
+    tokens before the image."""
 
     start: Tensor  # [B, n, D]
     blocks: tuple[Any, ...]  # what each block's `prepare` returned: tensors [B, ...], in nested tuples
     head: Tensor  # [B, 2, 1, D]
+    prefix: Tensor | None = None  # [B, P, D]
+    real: Tensor | None = None  # bool [B, P], False = padding; None: all are real
+
+    def __len__(self) -> int:
+        return len(self.start)
 
     def select(self, rows: Tensor) -> Prepared:
         """Keep, re-order or copy rows (int64 [rows'])."""
-        return Prepared(self.start[rows], _select(self.blocks, rows), self.head[rows])
+        return Prepared(*(_select(getattr(self, part.name), rows) for part in fields(self)))
+
+    def seen_by(self, span: Span) -> Span:
+        """The span behind the prefix."""
+        return span if self.prefix is None else replace(span, prefix=self.prefix.shape[1], real=self.real)
+
+
+def _placed(h: Tensor, positions: Tensor, leading: int) -> Tensor:
+    """Positions added to the tokens of the image; those of a prefix bring their own."""
+    return torch.cat([h[:, :leading], h[:, leading:] + positions], dim=1) if leading else h + positions
 
 
 def _select(part: Any, rows: Tensor) -> Any:
@@ -39,7 +55,10 @@ def _select(part: Any, rows: Tensor) -> Any:
 class Transformer(nn.Module):
     """Blocks between an input embedding and a head; conditions, positions, blocks and head are passed in.
 
-    `positions_before`: the blocks before which positions are added to the residual stream.
+    Args:
+        positions_before: the blocks before which positions are added to the residual stream.
+        compose: makes the parts that the transformer reads (`start`, `vec`, `context`, `prefix`) of what the conditioner gave,
+            where several of its parts go into one, each of which can be dropped on its own.
     """
 
     def __init__(
@@ -51,6 +70,7 @@ class Transformer(nn.Module):
         head: nn.Module,
         block: Callable[[TransformerSettings, float], nn.Module] = Block,
         positions_before: tuple[int, ...] = (0,),
+        compose: Callable[[Condition], Condition] | None = None,
     ) -> None:
         super().__init__()
         dim, depth = settings.dim, settings.depth
@@ -62,48 +82,60 @@ class Transformer(nn.Module):
         self.shared_modulation = OwnModulation(dim, parts=6) if settings.shared_adaln else None
         rates = [settings.drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks: Any = nn.ModuleList(block(settings, rate) for rate in rates)
-        self.positions_before = positions_before
+        self.positions_before, self.compose = positions_before, compose
         self.norm = plain_norm(settings)
         self.head_modulation = OwnModulation(dim, parts=2)
         self.head: Any = head
 
     def prepare(self, condition: Condition) -> Prepared:
         """Everything that depends on the condition alone; call it once an image, not once a scale."""
+        if self.compose is not None:
+            condition = self.compose(condition)
         head = self.head_modulation(condition.vec)
         if self.shared_modulation is not None:
             condition = replace(condition, vec=self.shared_modulation(condition.vec))
-        return Prepared(condition.start, tuple(block.prepare(condition) for block in self.blocks), head)
+        blocks = tuple(block.prepare(condition) for block in self.blocks)
+        return Prepared(condition.start, blocks, head, condition.prefix, condition.prefix_mask)
 
     def embed(self, inputs: Tensor | None, prepared: Prepared, span: Span) -> Tensor:
-        """Start tokens and inputs, [B, l, D].
+        """Prefix, start tokens and inputs, [B, prefix + l, D].
 
         `inputs` [B, l', C] are the pyramid's inputs of the span's scales. The first scale has none: start tokens open it.
         """
         parts = []
+        if span.leading and prepared.prefix is not None:
+            parts.append(prepared.prefix)
         if span.first == 0:
             parts.append((prepared.start + self.positions.start).expand(-1, span.lengths[0], -1))
         if inputs is not None:
-            parts.append(self.embed_input(inputs))
+            parts.append(self.embed_input(inputs.to(self.embed_input.weight.dtype)))
         return torch.cat(parts, dim=1)
 
-    def hidden(self, inputs: Tensor | None, prepared: Prepared, span: Span, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self, inputs: Tensor | None, prepared: Prepared, span: Span, cache: Cache | None = None, *, commit: bool = True
+    ) -> Tensor:
         """Hidden states for the head, [B, l, D].
 
-        Without a cache the span begins at the first scale, and attention is block-causal over its scales. With a cache
-        earlier scales are read from it, and the span's keys and values are added to it.
+        Without a cache the span begins at the first scale, and attention sees its scales as the span says (block-causal by
+        default). With a cache earlier scales are read from it, and what the span leaves for later ones is added to it; with
+        `commit=False` it stays as it is.
         """
+        span = prepared.seen_by(span)
+        if cache is not None and not commit:
+            cache = cache.fork(commit=False)
         positions, h = self.positions(span), self.embed(inputs, prepared, span)
         for i, block in enumerate(self.blocks):
             if i in self.positions_before:
-                h = h + positions
+                h = _placed(h, positions, span.leading)
             h = block(h, prepared.blocks[i], span, None if cache is None else cache[i])
         scale, shift = prepared.head.unbind(1)
-        return torch.addcmul(shift, self.norm(h), 1 + scale)
+        return torch.addcmul(shift, self.norm(h[:, span.leading :]), 1 + scale)
 
-    def new_cache(self, rows: int, length: int) -> Cache:
-        """A cache for `rows` sequences of up to `length` tokens."""
-        s = self.settings
-        return Cache(s.depth, rows, s.num_heads, length, s.dim // s.num_heads, like=self.embed_input.weight)
+    def new_cache(self, prepared: Prepared, schedule: Schedule) -> Cache:
+        """An empty cache for the rows of `prepared` and all scales of a schedule."""
+        length = schedule.length + (0 if prepared.prefix is None else prepared.prefix.shape[1])
+        like = self.embed_input.weight
+        return Cache([block.new_cache(len(prepared), length, like) for block in self.blocks])
 
     def with_blocks(self, blocks: Iterable[nn.Module]) -> Transformer:
         """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.contracts import Edit, Pick
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.loop import Edit, OnScale, sample
-from nextscale.sampling.pick import Pick, ScalePick
+from nextscale.sampling.loop import OnScale, sample
+from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System, encode
 

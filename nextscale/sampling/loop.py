@@ -1,63 +1,100 @@
-"""The scale loop: one `step` a scale, and the verbs around it."""
+"""The loop: `start`, `step`, `run`, and the verbs around it. VAR's steps are `ScaleByScale`; a recipe may bring others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nextscale.condition import Condition
-from nextscale.model.attention import Cache
-from nextscale.model.transformer import Prepared
+from nextscale.contracts import Edit, Pick, Stepper
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at
+from nextscale.sampling.pick import ScalePick, pick_at
+from nextscale.sampling.state import Noise, State
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System
+from nextscale.tokens import Tokens
 
-Edit = Callable[[Tensor, int], Tensor]
 OnScale = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class State:
-    """All that a sampling carries from scale to scale. Nothing lives on a module, so samplings cannot disturb each other.
+class Options:
+    """What a caller asks of a sampling, see `sample_tokens`; None: the system's own."""
 
-    Rows of `prepared` and `cache` are images x branches, branch by branch; all other rows are images.
+    guidance: Guidance | None = None
+    pick: Pick | ScalePick | None = None
+    edit: Edit | None = None
+    seed: int | Sequence[int] = 0
+    generator: torch.Generator | None = None
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class ScaleByScale:
+    """One step a scale: predict, pick, edit and add its tokens (`contracts.Stepper`).
+
+    skipped: last scales that are left out.
     """
 
-    schedule: Schedule
-    guidance: Guidance
-    pick: Pick | ScalePick
-    f_hat: Tensor  # [B, C, H, W]
-    prepared: Prepared
-    cache: Cache
-    branches: tuple[int, ...]  # those of the guidance that run
-    generators: Generators
-    edit: Edit | None = None
-    k: int = 0  # the next scale
-    tokens: list[Tensor] = field(default_factory=list)  # of the scales so far, [B, l_k] each
+    skipped: int = 0
 
-    def select(self, rows: Tensor) -> State:
-        """Keep, re-order or copy images (int64 [rows']); a copied image continues with a copy of its generator."""
-        count = len(self.f_hat)
-        generators = self.generators
-        if not isinstance(generators, torch.Generator):
-            generators = [_copy(generators[i]) for i in rows.tolist()]
-        stacked = torch.cat([rows + b * count for b in range(len(self.branches))])
-        self.cache.select(stacked)
-        edit = self.edit
-        if edit is not None and hasattr(edit, "select"):  # one that knows images by their rows
-            edit = edit.select(rows)
-        return replace(
-            self,
-            f_hat=self.f_hat[rows],
-            prepared=self.prepared.select(stacked),
-            generators=generators,
-            edit=edit,
-            tokens=[tokens[rows] for tokens in self.tokens],
+    def start(self, system: System, told: Labels, options: Options) -> State:
+        model, schedule = system.need_model(), options.schedule or system.schedule
+        defaults = system.sampling.options()
+        guidance = options.guidance or defaults["guidance"]
+        condition = system.condition(told)
+        batch = len(condition)
+        null = model.conditioner.null(condition)
+        branches = guidance.alive(schedule, 0)
+        rows = Condition.cat([_dropped(condition, null, guidance.drops[b]) for b in branches])
+        prepared = model.prepare(rows)
+        return State(
+            schedule=schedule,
+            guidance=guidance,
+            pick=options.pick or defaults["pick"],
+            f_hat=system.tokenizer.pyramid.start(batch, schedule),
+            prepared=prepared,
+            cache=model.new_cache(prepared, schedule),
+            branches=branches,
+            noise=Noise.of(options.seed, options.generator, batch, system.device),
+            edit=options.edit,
         )
+
+    def step(self, system: System, state: State) -> State:
+        k, schedule, pyramid, model = state.k, state.schedule, system.tokenizer.pyramid, system.need_model()
+        state = drop_branches(state)
+        cache, generators = state.cache.fork(), state.noise.generators()
+        inputs = None
+        if k:  # every branch sees the same image so far
+            inputs = pyramid.next_input(state.f_hat, k, schedule).repeat(len(state.branches), 1, 1)
+        h = model.hidden(inputs, state.prepared, schedule.span(k, k + 1), cache)
+
+        def combine(predictions: Tensor) -> Tensor:
+            return state.guidance.combine(predictions, state.branches, schedule, k)
+
+        tokens = model.head.sample(h, combine, pick_at(state.pick, schedule, k), generators)
+        if state.edit is not None:
+            tokens = state.edit(tokens, k)
+        f_hat = pyramid.add(state.f_hat, tokens, k, schedule)
+        tokens_so_far, noise = [*state.tokens, tokens], state.noise.after(generators)
+        return replace(state, k=k + 1, f_hat=f_hat, cache=cache, tokens=tokens_so_far, noise=noise)
+
+    def done(self, system: System, state: State) -> bool:
+        return state.k >= len(state.schedule) - self.skipped
+
+    def skipping(self, scales: int) -> ScaleByScale:
+        return replace(self, skipped=max(self.skipped, scales))
+
+    def finish(self, system: System, state: State) -> Tensor:
+        return system.output.finish(system.tokenizer.decode(state.f_hat))
+
+
+def stepper_of(system: System) -> Stepper:
+    """The system's own steps, or VAR's."""
+    return system.stepper or ScaleByScale()
 
 
 def start(
@@ -71,59 +108,34 @@ def start(
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
 ) -> State:
-    """The state before the first scale; the arguments are those of `sample_tokens`."""
-    model = system.need_model()
-    schedule = schedule or system.schedule
-    defaults = system.sampling.options()
-    guidance, pick = guidance or defaults["guidance"], pick or defaults["pick"]
-    condition = system.condition(labels)
-    batch = len(condition)
-    null = model.conditioner.null(condition)
-    branches = guidance.alive(schedule, 0)
-    rows = Condition.cat([_dropped(condition, null, guidance.drops[b]) for b in branches])
-    return State(
-        schedule=schedule,
-        guidance=guidance,
-        pick=pick,
-        f_hat=system.tokenizer.pyramid.start(batch, schedule),
-        prepared=model.prepare(rows),
-        cache=model.new_cache(len(rows), schedule.length),
-        branches=branches,
-        generators=generator or _generators(seed, batch, system.device),
-        edit=edit,
-    )
+    """The state before the first step; the arguments are those of `sample_tokens`."""
+    with torch.no_grad():
+        return stepper_of(system).start(system, labels, Options(guidance, pick, edit, seed, generator, schedule))
 
 
 def step(system: System, state: State) -> State:
-    """Predict, pick, edit and add the tokens of the next scale."""
-    k, schedule, pyramid = state.k, state.schedule, system.tokenizer.pyramid
-    state = _drop_branches(state)
-    inputs = None
-    if k:  # every branch sees the same image so far
-        inputs = pyramid.next_input(state.f_hat, k, schedule).repeat(len(state.branches), 1, 1)
-    h = system.need_model().hidden(inputs, state.prepared, schedule.span(k, k + 1), state.cache)
-
-    def combine(predictions: Tensor) -> Tensor:
-        return state.guidance.combine(predictions, state.branches, schedule, k)
-
-    tokens = system.need_model().head.sample(h, combine, pick_at(state.pick, schedule, k), state.generators)
-    if state.edit is not None:
-        tokens = state.edit(tokens, k)
-    f_hat = pyramid.add(state.f_hat, tokens, k, schedule)
-    return replace(state, k=k + 1, f_hat=f_hat, tokens=[*state.tokens, tokens])
+    """The state after one more step (scale); the given one stays as it is and can be stepped again."""
+    with torch.no_grad():
+        return stepper_of(system).step(system, state)
 
 
 def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
-    """All remaining scales but those that the system leaves out.
+    """All remaining steps.
 
-    `on_scale(k, images)` gets the image decoded after each scale, [B, 3, H, W] in [-1, 1].
+    `on_scale(k, images)` gets what the system would give after each scale, [B, 3, H, W] in [-1, 1].
     """
-    with torch.inference_mode():
-        while state.k < len(state.schedule) - system.skipped:
-            state = step(system, state)
-            if on_scale is not None:
-                on_scale(state.k - 1, system.tokenizer.decode(state.f_hat).clamp(-1, 1))
+    stepper = stepper_of(system)
+    while not stepper.done(system, state):
+        state = step(system, state)
+        if on_scale is not None:
+            on_scale(state.k - 1, finish(system, state))
     return state
+
+
+def finish(system: System, state: State) -> Tensor:
+    """What the system gives of a state, images [B, 3, H, W] in [-1, 1]: after the last step, or earlier as a preview."""
+    with torch.no_grad():
+        return stepper_of(system).finish(system, state)
 
 
 def sample_tokens(
@@ -137,8 +149,8 @@ def sample_tokens(
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
     on_scale: OnScale | None = None,
-) -> list[Tensor]:
-    """Generate token maps: a list of K tensors [B, l_k] (soft weights [B, l_k, V] from `gumbel_soft`).
+) -> list[Tokens]:
+    """Generate token maps: a list of K tensors [B, l_k] (`ns.Soft` weights [B, l_k, V] from `gumbel_soft`).
 
     Args:
         labels: one entry an image: class names, class numbers, or None for the null class.
@@ -151,9 +163,7 @@ def sample_tokens(
         on_scale: called with (k, images) after each scale.
     """
     options = {"guidance": guidance, "pick": pick, "edit": edit, "generator": generator, "schedule": schedule}
-    with torch.inference_mode():
-        state = run(system, start(system, labels, seed=seed, **options), on_scale)  # type: ignore[arg-type]
-    return [tokens.clone() for tokens in state.tokens]  # out of inference mode: ordinary tensors
+    return run(system, start(system, labels, seed=seed, **options), on_scale).tokens  # type: ignore[arg-type]
 
 
 def sample(
@@ -170,37 +180,21 @@ def sample(
 ) -> Tensor:
     """Generate images, float [B, 3, H, W] in [-1, 1]; the arguments are those of `sample_tokens`."""
     options = {"guidance": guidance, "pick": pick, "edit": edit, "generator": generator, "schedule": schedule}
-    with torch.inference_mode():
-        state = run(system, start(system, labels, seed=seed, **options), on_scale)  # type: ignore[arg-type]
-        images = system.tokenizer.decode(state.f_hat).clamp(-1, 1)
-    return images.clone()
+    state = run(system, start(system, labels, seed=seed, **options), on_scale)  # type: ignore[arg-type]
+    return finish(system, state)
 
 
-def _generators(seed: int | Sequence[int], batch: int, device: torch.device) -> list[torch.Generator]:
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise ValueError(f"seed needs one number, or one for each of {batch} images, got {len(seeds)}")
-    return [torch.Generator(device).manual_seed(s) for s in seeds]
+def drop_branches(state: State) -> State:
+    """Leave branches behind that no remaining scale needs."""
+    alive = state.guidance.alive(state.schedule, state.k)
+    if alive == state.branches:
+        return state
+    count = len(state)
+    rows = torch.cat([torch.arange(count) + state.branches.index(b) * count for b in alive]).to(state.f_hat.device)
+    return replace(state, prepared=state.prepared.select(rows), cache=state.cache.select(rows), branches=alive)
 
 
 def _dropped(condition: Condition, null: Condition, drop: tuple[str, ...]) -> Condition:
     names = condition.parts() if drop == ("all",) else drop
     everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.vec.device)
     return condition.mix(null, dict.fromkeys(names, everywhere))
-
-
-def _drop_branches(state: State) -> State:
-    """Leave branches behind that no remaining scale needs."""
-    alive = state.guidance.alive(state.schedule, state.k)
-    if alive == state.branches:
-        return state
-    count = len(state.f_hat)
-    rows = torch.cat([torch.arange(count) + state.branches.index(b) * count for b in alive]).to(state.f_hat.device)
-    state.cache.select(rows)
-    return replace(state, prepared=state.prepared.select(rows), branches=alive)
-
-
-def _copy(generator: torch.Generator) -> torch.Generator:
-    copy = torch.Generator(generator.device)
-    copy.set_state(generator.get_state())
-    return copy

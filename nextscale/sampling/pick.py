@@ -8,18 +8,16 @@ or one generator for all, which draws in the reference's order. A pick that chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nextscale.contracts import Generators, Pick
 from nextscale.sampling.guidance import at_scale
 from nextscale.schedule import Schedule
-
-Generators = torch.Generator | list[torch.Generator]
-Pick = Callable[[Tensor, Generators], Tensor]
 
 
 class ScalePick(Protocol):

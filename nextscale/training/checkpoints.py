@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nextscale.files import atomic_write, disk_full, sync_folder
+from nextscale.files import atomic_write, digest, disk_full, sync_folder
 from nextscale.processes import Team
 
 FACTS = "state.json"
@@ -72,7 +71,7 @@ class Checkpoints:
         try:
             self._write(tensors, partial)
             own = partial.glob(f"shard-{self.team.rank + 1:05}-*")
-            digests = self.team.gather({file.name: _digest(file) for file in own})
+            digests = self.team.gather({file.name: digest(file) for file in own})
             if self.team.leads:
                 files = {name: digest for some in digests for name, digest in some.items()}
                 state = {"step": step, "score": score, "files": files, "facts": facts}
@@ -92,7 +91,7 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None. A damaged one is left aside with a warning."""
         for _, found in sorted(self._complete().items(), reverse=True):
             names = sorted(found.files)[self.team.rank :: self.team.size]
-            sound = all(_digest(found.path / name) == found.files[name] for name in names)
+            sound = all(digest(found.path / name) == found.files[name] for name in names)
             if all(self.team.gather(sound)):
                 return found
             warnings.warn(f"the checkpoint {found.path} is damaged; the one before it is used", stacklevel=2)
@@ -189,15 +188,3 @@ def _plain_errors(team: Team) -> Iterator[None]:
             yield
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
-
-
-def _digest(path: Path) -> str:
-    """Of the content of a file; empty without one."""
-    digest = hashlib.blake2b(digest_size=32)
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    except FileNotFoundError:
-        return ""
-    return digest.hexdigest()

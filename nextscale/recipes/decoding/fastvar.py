@@ -14,7 +14,6 @@ ratio belongs to a place in the schedule counted from its end, not to a side in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,11 +22,14 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.model.attention import LayerCache
-from nextscale.model.block import replaced
+from nextscale.contracts import LayerCache
+from nextscale.modules import replaced
+from nextscale.sampling.loop import stepper_of
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System
+
+APPLIES_TO = "any system that samples scale by scale"
 
 
 class Config(Settings):
@@ -87,7 +89,8 @@ def apply(system: System, config: Config = Config()) -> System:
         _pruned(block, config) if config.dense_first <= i < depth - config.dense_last else block
         for i, block in enumerate(model.blocks)
     ]
-    return system.with_model(model.with_blocks(blocks), skipped=sum(ratio == 1 for ratio in config.ratios))
+    stepper = stepper_of(system).skipping(sum(ratio == 1 for ratio in config.ratios))
+    return system.changed("fastvar", config, model=model.with_blocks(blocks), stepper=stepper)
 
 
 def _pruned(block: Any, config: Config) -> nn.Module:
@@ -120,22 +123,11 @@ class PrunedBranch(nn.Module):
         kept = h.shape[1] - int(h.shape[1] * ratio)
         index = pivotal(h, kept) if self.config.select == "pivotal" else _random(h, kept, k)  # [B, kept]
         rows = index.unsqueeze(-1).expand(-1, -1, h.shape[-1])
-        update = self.branch(h.gather(1, rows), prepared, KeptSpan(schedule, k, k + 1, index), cache)
+        update = self.branch(h.gather(1, rows), prepared, span.keeping(index), cache)
         filled = F.interpolate(cache.outputs[self.place], size=span.sizes[0], mode="area").flatten(2).mT
         if self.config.fill == "zeros":
             filled = torch.zeros_like(filled)
         return filled.scatter(1, rows, update)
-
-
-@dataclass(frozen=True)
-class KeptSpan(Span):
-    """A scale of which each row keeps the tokens `index`, int64 [B, kept]."""
-
-    index: Tensor
-
-    def gather(self, table: Tensor) -> Tensor:
-        """Rows of a per-token table [l, ...] for the kept tokens, [B, kept, ...]."""
-        return table[self.index]
 
 
 def pivotal(h: Tensor, kept: int) -> Tensor:

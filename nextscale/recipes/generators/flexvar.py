@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from nextscale.contracts import Generators, Pick
 from nextscale.draws import Draws
 from nextscale.keymap import Rename, fill, model_key, ordered, rename_levels, renamed, rewrite, with_defaults
 from nextscale.model.class_condition import ClassCondition
@@ -32,7 +33,7 @@ from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.pick import Generators, Pick, top_k_top_p
+from nextscale.sampling.pick import top_k_top_p
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
 from nextscale.system import System
@@ -40,6 +41,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokens import Tokens
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch
 
@@ -302,7 +304,7 @@ class official_pick:  # noqa: N801 - reads as the function that it is to its use
         if not self.excluded:
             return pick
 
-        def without(logits: Tensor, generators: Generators) -> Tensor:
+        def without(logits: Tensor, generators: Generators) -> Tokens:
             ids = torch.tensor(self.excluded, device=logits.device)
             return pick(logits.index_fill(-1, ids, -100.0), generators)
 

@@ -5,7 +5,8 @@ Tokenizer: a token is d signs, not one of V codes (`BitPyramid`), from an autoen
 for each of 15 shapes of images (`schedule_for`). Model: cross-attention to the text in every block, rotary positions, a
 vector for each scale (`TextBlock`, `Rotary`, `ScalePositions`). Condition: hidden states of a frozen text encoder
 (`TextCondition`). Head: two logits a bit (`BitHead`). Objective: some bits of the inputs are flipped, and the targets are
-what then is left to do (`SelfCorrection`). Guidance: on logits, or inside a layer (`sampling/inside.py`).
+what then is left to do (`SelfCorrection`). Guidance: on logits, or inside a block
+(recipe `inside`), and away from another text (`negative`).
 
 What the official code (github.com/FoundationVision/Infinity, MIT) does and this does not: it rounds the queries, keys and
 values of cross-attention and text pooling to bfloat16 even in float32; it forgets the rotation of later scales while sampling
@@ -35,9 +36,8 @@ from nextscale.keymap_infinity import (
     tokenizer_key,
 )
 from nextscale.model.bit_head import BitHead
-from nextscale.model.block import replaced
 from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
-from nextscale.model.text_condition import NegativeText, TextBlock, TextCondition
+from nextscale.model.text_condition import TextBlock, TextCondition
 from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder, TextEncoder
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
@@ -144,18 +144,6 @@ class SelfCorrection(Settings):
         lengths = torch.tensor(schedule.lengths)
         weights = lengths.float().rsqrt().repeat_interleave(lengths)
         return weights / weights.sum()
-
-
-# ---- guidance ---------------------------------------------------------------------------------------------------------
-
-
-def with_negative(system: System, prompts: str | Sequence[str]) -> System:
-    """The same system, whose guidance leads away from a prompt (or from one each) instead of from no text."""
-    model = system.need_model()
-    if system.reader is None:
-        raise ValueError("this system is told classes, not texts, so it has no use for a negative prompt")
-    negative = system.reader([prompts] if isinstance(prompts, str) else list(prompts)).to(system.device)
-    return system.with_model(replaced(model, conditioner=NegativeText(model.conditioner, negative)))
 
 
 # ---- the system -------------------------------------------------------------------------------------------------------

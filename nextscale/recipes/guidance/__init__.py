@@ -1,0 +1,1 @@
+"""Recipes that guide sampling in another way."""
