@@ -73,7 +73,7 @@ class Team:
         if self.size == 1:
             return call
         if sharded:
-            from nextscale.training.sharded import shard
+            from nextscale.sharded import shard
 
             shard(call, module, sharded)
             return call

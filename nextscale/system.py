@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal, Protocol
 
 import torch
@@ -256,15 +257,16 @@ def teacher_logits(system: System, tokens: list[Tensor], condition: Condition, s
 
 
 def recipe_names() -> dict[str, str]:
-    """Names of all recipes and the modules that hold them, found by looking at the files of `recipes/`."""
-    import nextscale.recipes as room
-
+    """Names of all recipes and the modules that hold them: the files of `nextscale/recipes/`, and what other packages offer as
+    entry points of the group `nextscale.recipes`."""
+    room = importlib.import_module("nextscale.recipes")
     found = pkgutil.walk_packages(room.__path__, room.__name__ + ".")
-    return {module.name.rsplit(".", 1)[-1]: module.name for module in found if not module.ispkg}
+    names = {module.name.rsplit(".", 1)[-1]: module.name for module in found if not module.ispkg}
+    return {point.name: point.value for point in metadata.entry_points(group="nextscale.recipes")} | names
 
 
 def find_recipe(name: str) -> Any:
-    """The module of a recipe: `Config`, `build(config)`, `tiny()`."""
+    """The module of a recipe: `Config`, `tiny()`, and `build(config)` or `apply(system, config)`."""
     names = recipe_names()
     if name not in names:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(sorted(names))}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nextscale.schedule import Schedule
@@ -34,6 +35,11 @@ class Tokenizer(nn.Module):
             self.post_quant_conv = nn.Conv2d(channels, latent, kernel, padding=kernel // 2)
         self.decoder = Decoder(autoencoder, latent)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights of encoder and decoder."""
+        return self.decoder.conv_in.weight.dtype
+
     def features(self, images: Tensor) -> Tensor:
         """The feature map that is quantized, float32 [B, C, H / stride, W / stride]."""
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
@@ -41,7 +47,7 @@ class Tokenizer(nn.Module):
                 f"image sides must be multiples of {self.stride} pixels, got {images.shape[-2]}x{images.shape[-1]}; "
                 "resize or crop the images first"
             )
-        return self.quant_conv(self.encoder(images)).float()
+        return self.quant_conv(self.encoder(images.to(self.dtype))).float()
 
     def encode(self, images: Tensor, schedule: Schedule) -> Encoded:
         """Tokens, inputs and running sums of images (see `Encoded`)."""
@@ -49,7 +55,7 @@ class Tokenizer(nn.Module):
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """Images of feature maps [B, C, h, w]; not clamped, since a loss needs the gradient beyond [-1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        return self.decoder(self.post_quant_conv(f_hat.to(self.dtype)))
 
     def f_hat(self, tokens: list[Tensor], schedule: Schedule) -> Tensor:
         """The sum of the token maps of the first scales (all, or any prefix), [B, C, H, W]."""

@@ -126,7 +126,7 @@ def train_model(
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     fit(task, encoded, config, out, "generator", settings, team=team)
     if config.shard and team.size > 1:
-        from nextscale.training.sharded import whole
+        from nextscale.sharded import whole
 
         state = whole(system.model)
         system.model = find_recipe(system.recipe).build(system.config).model
