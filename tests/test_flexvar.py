@@ -15,7 +15,7 @@ from small import parts
 import nextscale as ns
 from nextscale.draws import Draws
 from nextscale.encoded import EncodedImages
-from nextscale.keymap import model_key
+from nextscale.published.keys import model_key
 from nextscale.recipes.generators import flexvar
 from nextscale.sampling import pick as picking
 from nextscale.schedule import Schedule

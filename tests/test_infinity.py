@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import nextscale as ns
+from nextscale.aspect import SIZES, schedule_for
 from nextscale.draws import Draws
-from nextscale.keymap_infinity import PUBLISHED_ARGS, model_key
 from nextscale.model import text_condition as text_room
 from nextscale.model.bit_head import BitHead
 from nextscale.model.rotary import Rotary, RotaryAttention, RotarySettings, rotate
 from nextscale.model.text_condition import Text, TextCondition
 from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder
+from nextscale.published.infinity_layout import PUBLISHED_ARGS, model_key
 from nextscale.recipes.generators import infinity
-from nextscale.recipes.generators.infinity import SIZES, SelfCorrection, schedule_for, with_negative
+from nextscale.recipes.generators.infinity import SelfCorrection, with_negative
 from nextscale.sampling.inside import guide_inside
 from nextscale.sampling.pick import filter_logits
 from nextscale.schedule import Schedule

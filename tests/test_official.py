@@ -15,9 +15,10 @@ import torch
 from pydantic import ValidationError
 
 import nextscale as ns
-from nextscale import cli, official
+from nextscale import cli
 from nextscale.cli import draw
-from nextscale.keymap import USAGE
+from nextscale.published import convert
+from nextscale.published.keys import USAGE
 from nextscale.recipes.generators import var
 from nextscale.training.rates import learning_rate, weight_decay
 
@@ -280,7 +281,7 @@ def test_round_trip_keeps_every_bit(tmp_path, capsys, name, rows):
 
 def test_own_systems_can_be_taken_to_the_reference(tmp_path):
     system = var.build(var.OFFICIAL["var-tiny"].config(), seed=5)
-    paths = official.export_official(ns.save(system, tmp_path / "own"), tmp_path / "official")
+    paths = convert.export_official(ns.save(system, tmp_path / "own"), tmp_path / "official")
     vae, transformer = (torch.load(path, weights_only=True) for path in paths)
     assert vae[USAGE].shape == (3, 48) and not vae[USAGE].any()
     again = var.from_official(vae, transformer, *var.official_args(system.config))
@@ -288,7 +289,7 @@ def test_own_systems_can_be_taken_to_the_reference(tmp_path):
 
 
 def test_conversion_refuses_at_the_door(files, tmp_path, capsys):
-    ours = official.convert_official("var-tiny", files, tmp_path / "ours")
+    ours = convert.convert_official("var-tiny", files, tmp_path / "ours")
 
     def refused(*words: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -306,7 +307,7 @@ def test_conversion_refuses_at_the_door(files, tmp_path, capsys):
     assert "no published model" in refused("var-d99", "--from", tmp_path, "--to", tmp_path / "new")
     with pytest.raises(ValueError, match="holds another system than var-d16"):
         ns.load_official("var-d16", ours)
-    (ours / official.EXTRA).write_bytes(b"no safetensors")
+    (ours / convert.EXTRA).write_bytes(b"no safetensors")
     assert "official.safetensors is damaged" in refused(ours, "--to-official", tmp_path / "new")
 
 
@@ -359,7 +360,7 @@ def test_malicious_pickles_run_nothing(files, tmp_path, form):
         with pytest.raises(ValueError, match=r"var_d2.pth .*(nothing of it was executed|no file of torch.save)"):
             ns.load_official("var-tiny", files, verify=verify)
     with pytest.raises(ValueError):
-        official.convert_official("var-tiny", files, tmp_path / "ours")
+        convert.convert_official("var-tiny", files, tmp_path / "ours")
     assert not marker.exists() and not (tmp_path / "ours").exists()
 
 
@@ -440,7 +441,7 @@ def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path):
         place, bit = draw.randrange(len(data)), 1 << draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         try:
-            got = official.read_pth(path)
+            got = convert.read_pth(path)
         except ValueError as error:
             assert "small.pth" in str(error)
         else:
@@ -468,7 +469,7 @@ def test_wrong_and_swapped_models_list_every_mismatch(files, tmp_path):
 
 def test_a_published_file_of_another_size_is_recognised(tmp_path):
     vae, transformer = states("var-d20", "meta")
-    assert official._hint("var-d16", vae, transformer) == "\n(the generator's width 1280 is that of var-d20)"
+    assert convert._hint("var-d16", vae, transformer) == "\n(the generator's width 1280 is that of var-d20)"
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def test_presets_say_the_reference_settings_in_our_words(files):
 
 
 def test_sample_takes_a_preset(files, tmp_path, capsys, monkeypatch):
-    official.convert_official("var-tiny", files, tmp_path / "ours")
+    convert.convert_official("var-tiny", files, tmp_path / "ours")
     monkeypatch.chdir(tmp_path)
     words = ["sample", "--system", "ours", "--labels", "1", "--count", "2"]
     system = ns.load("ours")
@@ -531,12 +532,12 @@ def test_d16_for_real(tmp_path):
         torch.save(state, files / file)
     for folder in (files, ours):
         if folder is ours:
-            official.convert_official("var-d16", files, ours)
+            convert.convert_official("var-d16", files, ours)
         out = subprocess.run([sys.executable, "-c", LOAD, folder], capture_output=True, text=True, check=True).stdout
         before, peak, weights, seconds = map(float, out.split())
         print(f"{folder.name}: peak {peak / weights:.2f} x weights, {before / 1e6:.0f} MB before, {seconds:.1f} s")
         assert peak < 1.3 * weights
-    official.export_official(ours, back)
+    convert.export_official(ours, back)
     for file, state in zip(var.OFFICIAL["var-d16"].files, both, strict=True):
         assert same_bits(torch.load(back / file, weights_only=True, mmap=True), state)
     for folder in (files, ours, back):  # 5 GB, which pytest would keep

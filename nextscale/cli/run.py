@@ -145,12 +145,12 @@ def convert(
     if (to is None) == (to_official is None):
         raise ValueError("give either --to FOLDER (from the reference's files) or --to-official FOLDER (back to them)")
     if to is not None:
-        from nextscale.official import convert_official
+        from nextscale.published.convert import convert_official
 
         check_writable(to / "config.json")
         print(convert_official(system, source, to, checkpoint=checkpoint, own_tokenizer=own_tokenizer))
     elif to_official is not None:
-        from nextscale.official import export_official
+        from nextscale.published.convert import export_official
 
         if source is not None or checkpoint is not None or own_tokenizer:
             raise ValueError(

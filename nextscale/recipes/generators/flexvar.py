@@ -12,7 +12,6 @@ are what the decoder gives; ours are clamped to [-1, 1]. `from_official` and `to
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,22 +19,23 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nextscale.draws import Draws
-from nextscale.keymap import Rename, fill, model_key, ordered, rename_levels, renamed, rewrite, with_defaults
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
-from nextscale.model.init import var_normal_
+from nextscale.model.positions import ResizedPositions
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.published.keys import Rename, fill, model_key, ordered, rename_levels, renamed, rewrite, with_defaults
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import Generators, Pick, top_k_top_p
-from nextscale.schedule import Schedule, Span
+from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
+from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
@@ -173,37 +173,6 @@ def _rows(f: Tensor) -> Tensor:
     return f.flatten(2).mT  # [B, C, h, w] -> [B, h * w, C]
 
 
-# ---- model: positions for any size ------------------------------------------------------------------------------------
-
-
-class ResizedPositions(nn.Module):
-    """One learned map of positions, averaged down (or repeated up) to the size of each scale, and a vector for start tokens.
-
-    It begins as sines of y in the even channels and cosines of x in the odd ones: not the usual 2-D table, which has both
-    of each coordinate.
-    """
-
-    def __init__(self, dim: int, side: int, starts: int = 1) -> None:
-        super().__init__()
-        self.start = nn.Parameter(torch.zeros(starts, dim))
-        place = torch.arange(side, dtype=torch.float32)
-        rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * -(math.log(10_000) / dim))
-        angles = rates[:, None] * place  # [D / 2, side]
-        table = torch.empty(dim, side, side)
-        table[0::2] = angles.sin()[:, :, None]
-        table[1::2] = angles.cos()[:, None, :]
-        self.table = nn.Parameter(table)
-
-    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
-        """VAR's initial weights for the start; the table keeps its own."""
-        var_normal_(self.start, settings.dim, generator)
-
-    def forward(self, span: Span) -> Tensor:
-        """Positions of the tokens of a span, [l, D]."""
-        maps = [F.interpolate(self.table[None], size=size, mode="area")[0] for size in span.sizes]
-        return span.gather(torch.cat([positions.flatten(1).T for positions in maps]))
-
-
 # ---- objective: random schedules --------------------------------------------------------------------------------------
 
 
@@ -312,34 +281,16 @@ class official_pick:  # noqa: N801 - reads as the function that it is to its use
 # ---- the system -------------------------------------------------------------------------------------------------------
 
 
-class Config(Settings):
+class Config(ClassSystemSettings):
     """A FlexVAR system. The defaults are FlexVAR-d16 for 256 px ImageNet."""
 
-    sizes: tuple[int | tuple[int, int], ...] = Field(
-        SIZES[10],
-        min_length=1,
-        description="sizes of the scales unless others are asked for: a side, or height and width",
-    )
-    classes: tuple[str, ...] = Field((), description="names of the classes")
-    num_classes: int = Field(1000, ge=0, description="number of classes; 0: a tokenizer without a generator")
+    sizes: Sides = SIZES[10]
     autoencoder: AutoencoderSettings = AutoencoderSettings(width=128, latent=256, around=1)
     pyramid: PlainSettings = PlainSettings()
     transformer: TransformerSettings = TransformerSettings(drop_path=0.1 * 16 / 24, init_gate=1e-3)
     position_side: int = Field(32, ge=1, description="side of the learned map of positions")
     schedules: RandomSchedules = RandomSchedules()
     sampling: SamplingDefaults = SamplingDefaults(guidance=3.5, top_k=900, top_p=0.95)
-
-    @field_validator("classes")
-    @classmethod
-    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(classes)) != len(classes):
-            raise ValueError("class names must differ from each other")
-        return classes
-
-    @property
-    def schedule(self) -> Schedule:
-        """The sizes as a `Schedule`."""
-        return Schedule(tuple((size, size) if isinstance(size, int) else size for size in self.sizes))
 
 
 def tiny(**changes: object) -> Config:
@@ -382,10 +333,7 @@ TOKENIZER_LOSS = TokenizerLoss(drop_scales=0.5)
 
 def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     """A system with initial weights that follow from `seed`; with `model=False`, or without classes, a tokenizer alone."""
-    if config.classes and config.num_classes != len(config.classes):
-        raise ValueError(
-            f"num_classes is {config.num_classes}, but there are {len(config.classes)} class names; give one number"
-        )
+    config.check_classes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config.autoencoder, PlainPyramid(config.pyramid))

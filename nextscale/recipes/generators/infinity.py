@@ -2,7 +2,7 @@
 2412.04431): text to image.
 
 Tokenizer: a token is d signs, not one of V codes (`BitPyramid`), from an autoencoder without attention. Schedule: 13 scales
-for each of 15 shapes of images (`schedule_for`). Model: cross-attention to the text in every block, rotary positions, a
+for each of 15 shapes of images (`aspect.py`). Model: cross-attention to the text in every block, rotary positions, a
 vector for each scale (`TextBlock`, `Rotary`, `ScalePositions`). Condition: hidden states of a frozen text encoder
 (`TextCondition`). Head: two logits a bit (`BitHead`). Objective: some bits of the inputs are flipped, and the targets are
 what then is left to do (`SelfCorrection`). Guidance: on logits, or inside a layer (`sampling/inside.py`).
@@ -23,9 +23,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from nextscale.aspect import BUDGETS, SIZES, SQUARE, Sizes
 from nextscale.draws import Draws
-from nextscale.keymap import fill, renamed, with_defaults
-from nextscale.keymap_infinity import (
+from nextscale.model.bit_head import BitHead
+from nextscale.model.block import replaced
+from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
+from nextscale.model.text_condition import NegativeText, TextBlock, TextCondition
+from nextscale.model.text_encoders import TextEncoder, TextSettings
+from nextscale.model.transformer import Transformer
+from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.published.infinity_layout import (
     FIXED,
     IGNORED,
     MODEL_ARGS,
@@ -34,65 +41,17 @@ from nextscale.keymap_infinity import (
     model_key,
     tokenizer_key,
 )
-from nextscale.model.bit_head import BitHead
-from nextscale.model.block import replaced
-from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
-from nextscale.model.text_condition import NegativeText, TextBlock, TextCondition
-from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder, TextEncoder
-from nextscale.model.transformer import Transformer
-from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.published.keys import fill, renamed, with_defaults
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
+from nextscale.system_settings import Sides, SystemSettings
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch
-
-# ---- schedules: 13 scales for each shape ------------------------------------------------------------------------------
-
-Sizes = tuple[tuple[int, int], ...]
-
-SQUARE: Sizes = tuple((side, side) for side in (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
-TALL: dict[float, str] = {
-    1.25: "1x1 2x2 3x3 5x4 10x8 15x12 20x16 25x20 30x24 35x28 45x36 55x44 70x56",
-    1.333: "1x1 2x2 4x3 8x6 12x9 16x12 20x15 24x18 28x21 36x27 48x36 60x45 72x54",
-    1.5: "1x1 2x2 3x2 6x4 9x6 15x10 21x14 27x18 33x22 39x26 48x32 63x42 78x52",
-    1.75: "1x1 2x2 3x3 7x4 11x6 14x8 21x12 28x16 35x20 42x24 56x32 70x40 84x48",
-    2.0: "1x1 2x2 4x2 6x3 10x5 16x8 22x11 30x15 38x19 46x23 60x30 74x37 90x45",
-    2.5: "1x1 2x2 5x2 10x4 15x6 20x8 25x10 30x12 40x16 50x20 65x26 80x32 100x40",
-    3.0: "1x1 2x2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37",
-}
-
-
-def _published_sizes() -> dict[float, Sizes]:
-    found: dict[float, Sizes] = {1.0: SQUARE}
-    for ratio, text in TALL.items():
-        pairs = (size.split("x") for size in text.split())
-        found[ratio] = tuple((int(h), int(w)) for h, w in pairs)
-        found[int(1000 / ratio) / 1000] = tuple((w, h) for h, w in found[ratio])
-    return found
-
-
-# The published scales of each shape, by height / width; the wide ones are the tall ones turned, with their ratios cut off
-# after three digits.
-SIZES = _published_sizes()
-# How many scales make an image of so many pixels.
-BUDGETS: dict[str, int] = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
-
-
-def schedule_for(height: int, width: int, budget: str = "1M") -> Schedule:
-    """The published schedule whose shape is nearest to that of an image; `budget` says how many pixels it will have:
-    0.06M, 0.25M, 0.60M or 1M (256, 512, 768 and 1024 px, if square)."""
-    if height < 1 or width < 1 or budget not in BUDGETS:
-        raise ValueError(
-            f"expected a height, a width and a budget of {', '.join(BUDGETS)}, got {height}, {width} and {budget!r}"
-        )
-    nearest = min(SIZES, key=lambda ratio: abs(height / width - ratio))
-    return Schedule(SIZES[nearest][: BUDGETS[budget]])
-
 
 # ---- objective: bitwise self-correction -------------------------------------------------------------------------------
 
@@ -161,33 +120,10 @@ def with_negative(system: System, prompts: str | Sequence[str]) -> System:
 # ---- the system -------------------------------------------------------------------------------------------------------
 
 
-class TextSettings(Settings):
-    """Which text encoder the model reads. The defaults are Infinity's."""
-
-    encoder: Literal["t5", "minilm", "hash"] = Field(
-        "t5",
-        description="t5: flan-t5-xl (extra nextscale[t5]); minilm: all-MiniLM-L6-v2 (extra nextscale[text]); hash: random "
-        "vectors of words, for tests",
-    )
-    dim: int = Field(2048, ge=1, description="E, channels of its hidden states")
-    length: int = Field(512, ge=1, description="longest text in tokens; rows of the table for images without a text")
-    pool_heads: int = Field(16, ge=1, description="heads of the pooling; the official code has E / 128")
-
-    def reader(self) -> TextEncoder:
-        """The encoder; it loads its files when it reads the first text."""
-        if self.encoder == "hash":
-            return HashWords(self.dim, self.length)
-        return MiniLM(self.length) if self.encoder == "minilm" else T5Encoder(self.length)
-
-
-class Config(Settings):
+class Config(SystemSettings):
     """An Infinity system. The defaults are Infinity-2B for 1024 px."""
 
-    sizes: tuple[int | tuple[int, int], ...] = Field(
-        SQUARE,
-        min_length=1,
-        description="sizes of the scales unless others are asked for: a side, or height and width",
-    )
+    sizes: Sides = SQUARE
     tables: tuple[Sizes, ...] | None = Field(
         None,
         description="the longest schedule of each shape, whose last scale is the grid of the rotary positions; default: the "
@@ -212,11 +148,6 @@ class Config(Settings):
     bit_loss: Literal["mean", "sum"] = Field("mean", description="loss of a token: over its bits")
     objective: SelfCorrection = SelfCorrection()
     sampling: SamplingDefaults = SamplingDefaults(guidance=3.0, ramp=False, top_k=0, top_p=0.97)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The sizes as a `Schedule`."""
-        return Schedule(tuple((size, size) if isinstance(size, int) else size for size in self.sizes))
 
     @property
     def rotary_tables(self) -> list[Schedule]:

@@ -14,49 +14,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from nextscale.keymap import USAGE, fill, model_key, ordered, renamed, tokenizer_key, with_defaults
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.published.keys import USAGE, fill, model_key, ordered, renamed, tokenizer_key, with_defaults
 from nextscale.sampling.defaults import SamplingDefaults
-from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
+from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss, TrainConfig
 
 
-class Config(Settings):
+class Config(ClassSystemSettings):
     """A VAR system. The defaults are VAR-d16 for 256 px ImageNet."""
 
-    sizes: tuple[int | tuple[int, int], ...] = Field(
-        (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), min_length=1, description="sizes of the scales: a side, or height and width"
-    )
-    classes: tuple[str, ...] = Field((), description="names of the classes")
-    num_classes: int = Field(1000, ge=0, description="number of classes; 0: a tokenizer without a generator")
+    sizes: Sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     pyramid: PyramidSettings = PyramidSettings()
     transformer: TransformerSettings = TransformerSettings()
     sampling: SamplingDefaults = SamplingDefaults()
-
-    @field_validator("classes")
-    @classmethod
-    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(classes)) != len(classes):
-            raise ValueError("class names must differ from each other")
-        return classes
-
-    @property
-    def schedule(self) -> Schedule:
-        """The sizes as a `Schedule`."""
-        return Schedule(tuple((size, size) if isinstance(size, int) else size for size in self.sizes))
 
 
 def tiny(**changes: object) -> Config:
@@ -94,10 +78,7 @@ TOKENIZER_LOSS = TokenizerLoss()
 
 def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     """A system with initial weights that follow from `seed`; with `model=False`, or without classes, a tokenizer alone."""
-    if config.classes and config.num_classes != len(config.classes):
-        raise ValueError(
-            f"num_classes is {config.num_classes}, but there are {len(config.classes)} class names; give one number"
-        )
+    config.check_classes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config.autoencoder, ResidualPyramid(config.pyramid, len(config.schedule)))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nextscale.checkpoint import find_folder, load, save
 from nextscale.files import atomic_write
-from nextscale.keymap import USAGE
+from nextscale.published.keys import USAGE
 from nextscale.recipes.generators import var
 from nextscale.system import System
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from nextscale.keymap import down_up_levels, rewrite
+from nextscale.published.keys import down_up_levels, rewrite
 from nextscale.tokenizer.tokenizer import Tokenizer
 
 # Arguments of the official tokenizer (`vae_model`; the last two are set inside it) and of its class Infinity, with their
