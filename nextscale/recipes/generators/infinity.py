@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nextscale.aspect import BUDGETS, SIZES, SQUARE, Sizes
+from nextscale.aspect import SIZES, SQUARE, Sizes
 from nextscale.draws import Draws
 from nextscale.model.bit_head import BitHead
 from nextscale.model.block import replaced
@@ -33,15 +33,12 @@ from nextscale.model.text_encoders import TextEncoder, TextSettings
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.published.infinity_layout import (
-    FIXED,
-    IGNORED,
-    MODEL_ARGS,
-    PUBLISHED_ARGS,
-    VAE_ARGS,
-    model_key,
-    tokenizer_key,
+    LAYOUT,
+    OFFICIAL,
+    SHAPES,
 )
-from nextscale.published.keys import fill, renamed, with_defaults
+from nextscale.published.infinity_layout import SAMPLING as SAMPLING
+from nextscale.published.layout import from_states, to_states, with_own_weights
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -245,7 +242,7 @@ def build_model(config: Config) -> Transformer:
     )
 
 
-# ---- the official models ----------------------------------------------------------------------------------------------
+# ---- the official models: `published/infinity_layout.py` ---------------------------------------------------------------
 
 
 def from_official(
@@ -271,57 +268,18 @@ def from_official(
 
     Raises ValueError for unknown arguments, and for keys, shapes or values that do not fit.
     """
-    chunks = int((model_args or {}).get("block_chunks", 1))
-    system = from_states(
-        official_config(vae_args or {}, model_args or {}, sizes, tables), vae_state, model_state, chunks, reader=reader
-    )
-    for parameter in system.parameters():  # training the system must not train the caller's state dicts
-        parameter.data = parameter.data.clone()
-    return system
-
-
-def from_states(
-    config: Config,
-    vae_state: Mapping[str, Tensor],
-    model_state: Mapping[str, Tensor],
-    chunks: int,
-    *,
-    sources: tuple[str, str] = ("the tokenizer's state dict", "the transformer's state dict"),
-    complete: bool = False,
-    reader: TextEncoder | None = None,
-) -> System:
-    """The system of `config` with the weights of official state dicts, the blocks in so many chunks; `complete`: no entry
-    may be left out."""
-    with torch.device("meta"):
-        system = build(config, reader=reader)
-    vae_layout, model_layout = to_official(system, chunks)
-    # One attention kernel wants another order of the dimensions of this one.
-    turned = {
-        name: tensor.transpose(1, 2) if name.endswith("scale_mul_1H11") and tensor.shape[1:2] == (1,) else tensor
-        for name, tensor in model_state.items()
-    }
-    fill(system.tokenizer, vae_state, vae_layout, tokenizer_key(system.tokenizer), sources[0], complete)
-    fill(system.model, turned, model_layout, model_key(config.transformer.depth, chunks), sources[1], complete)
-    return system.eval()
+    config = official_config(vae_args or {}, model_args or {}, sizes, tables)
+    states = vae_state, model_state
+    return with_own_weights(from_states(LAYOUT, build, config, states, given=model_args, reader=reader))
 
 
 def to_official(system: System, chunks: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dicts of the official tokenizer and transformer (its blocks in so many chunks) that hold a system; weights are
-    shared."""
-    config: Config = system.config
-    t, rename = config.transformer, model_key(config.transformer.depth, chunks)
-    vae = renamed(system.tokenizer, tokenizer_key(system.tokenizer))
-    mask = torch.tensor(1) << torch.arange(config.bits - 1, -1, -1)  # the 64th is negative there too
-    vae |= {"quantizer.lfq.mask": mask, "quantize.lfq.mask": mask}
-    model = renamed(system.need_model(), rename)
-    model["text_proj_for_sos.ca.mat_q"] = model["text_proj_for_sos.ca.mat_q"].unsqueeze(0)
-    blocks = [rename(f"blocks.{i}.") for i in range(t.depth)]
-    for name in ("text_proj_for_sos.", *blocks):
-        model[f"{name}ca.zero_k_bias"] = torch.zeros(t.dim)
-    model |= {f"{name}sa.zero_k_bias": torch.zeros(t.dim) for name in blocks}
-    if t.norm == "rms":
-        model |= {f"{name}ln_wo_grad.weight": torch.ones(t.dim) for name in ("head_nm.", *blocks)}
-    return vae, model
+    shared.
+
+    Raises ValueError for a system that the official classes cannot express.
+    """
+    return to_states(LAYOUT, system, given={"block_chunks": chunks})
 
 
 def official_config(
@@ -331,145 +289,9 @@ def official_config(
     tables: Sequence[Sizes] | None = None,
 ) -> Config:
     """Our settings for the official code's arguments."""
-    vae = with_defaults(vae_args, VAE_ARGS, "official vae_model", IGNORED)
-    model = with_defaults(model_args, MODEL_ARGS, "official Infinity", IGNORED)
-    stride = 2 ** (len(vae["encoder_ch_mult"]) - 1)
-    depth, dim, chunks = model["depth"], model["embed_dim"], model["block_chunks"]
-    wrong = [f"{name}={model[name]!r} (only {value!r})" for name, value in FIXED.items() if model[name] != value]
-    if not (model["text_channels"] and model["text_maxlen"]):
-        wrong.append("text_channels=0 or text_maxlen=0 (only text to image)")
-    if tuple(vae["encoder_ch_mult"]) != tuple(vae["decoder_ch_mult"]) or vae["patch_size"] != stride:
-        wrong.append(
-            f"patch_size={vae['patch_size']} and channel multipliers that do not go with it or with each other"
-        )
-    if vae["codebook_size"] not in (None, 2 ** vae["codebook_dim"]):
-        wrong.append(f"codebook_size={vae['codebook_size']} (only 2 ** codebook_dim)")
-    if depth % chunks:
-        wrong.append(f"block_chunks={chunks} for {depth} blocks")
-    if wrong:
-        raise ValueError(f"not supported, and set by no published model: {'; '.join(wrong)}")
-    size = depth // chunks
-    every = tuple(range(0, depth, size)) if chunks > 1 else tuple(range(depth))  # what the official code does there
-    scale = model["cross_attn_layer_scale"]
-    heads = model["text_channels"] // (64 if dim > 4096 else 128)
-    fold = 2 if model["apply_spatial_patchify"] else 1
-    return Config(
-        sizes=sizes or SQUARE[: BUDGETS[model["pn"] or "1M"]],
-        tables=None if tables is None else tuple(tables),
-        autoencoder=AutoencoderSettings(
-            width=vae["base_ch"],
-            multipliers=tuple(vae["encoder_ch_mult"]),
-            blocks=vae["num_res_blocks"],
-            attention=False,
-            around=0,
-        ),
-        bits=vae["codebook_dim"],
-        fold=fold,
-        transformer=TransformerSettings(
-            depth=depth,
-            dim=dim,
-            num_heads=model["num_heads"],
-            mlp_ratio=model["mlp_ratio"],
-            shared_adaln=model["shared_aln"],
-            drop_path=model["drop_path_rate"],
-            dropout=model["drop_rate"],
-            norm="rms" if model["rms_norm"] else "layer",
-            eps=model["norm_eps"],
-            init_gate=5e-6,
-            init_adaln=1e-3,
-        ),
-        rotary=RotarySettings(mode=("raw", "resized", "rounded")[model["rope2d_normalized_by_hw"]]),
-        positions_before=(0,) if model["add_lvl_embeding_only_first_block"] else every,
-        context_scale=scale if scale >= 0 else None,
-        text=TextSettings(dim=model["text_channels"], length=model["text_maxlen"], pool_heads=heads),
-    )
-
-
-# ---- the published models ---------------------------------------------------------------------------------------------
-
-
-# The same guidance and temperature at all scales, the first included. 900 is more than a bit's two values: no effect.
-SAMPLING: dict[str, SamplingDefaults] = {
-    "2b-script": SamplingDefaults(guidance=4.0, ramp=False, temperature=0.5, top_p=0.97),
-    "2b-notebook": SamplingDefaults(guidance=3.0, ramp=False, temperature=0.5, top_p=0.97),
-    "8b-notebook": SamplingDefaults(guidance=3.0, ramp=False, top_p=0.97),
-}
-
-# Depth, width and heads of the sizes that the official code names.
-SHAPES: dict[str, tuple[int, int, int]] = {
-    "125m": (12, 768, 8),
-    "layer16": (16, 1152, 12),
-    "1b": (24, 1536, 16),
-    "2b": (32, 2048, 16),
-    "layer32": (32, 2080, 20),
-    "layer40": (40, 2688, 24),
-    "8b": (40, 3584, 28),
-    "layer48": (48, 3360, 28),
-    "20b": (58, 4608, 36),
-}
-
-
-class Published(Settings):
-    """A published checkpoint (MIT): its shape and its scores, as the repository gives them."""
-
-    shape: str = Field(description="of `SHAPES`")
-    files: tuple[str, str] = Field(description="names of the published files: tokenizer, generator")
-    bits: int
-    patchify: bool = Field(False, description="tokens of 2x2 vectors of a tokenizer of stride 8")
-    budget: str = "1M"
-    sampling: str = Field(description="of `SAMPLING`")
-    geneval: float | None = None
-    geneval_rewritten: float | None = Field(None, description="with prompts that a language model rewrote")
-    dpg: float | None = None
-    hps: float | None = Field(None, description="HPSv2.1")
-    image_reward: float | None = None
-
-    @property
-    def constructor(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of the official `vae_model` and Infinity, where they are not the defaults."""
-        depth, dim, heads = SHAPES[self.shape]
-        model = PUBLISHED_ARGS | {"depth": depth, "embed_dim": dim, "num_heads": heads, "block_chunks": 8}
-        model |= {"pn": self.budget, "apply_spatial_patchify": int(self.patchify)}
-        vae: dict[str, Any] = {"codebook_dim": self.bits}
-        if self.patchify:
-            vae |= {"patch_size": 8, "encoder_ch_mult": (1, 2, 4, 4), "decoder_ch_mult": (1, 2, 4, 4)}
-        return vae, model
-
-    def config(self) -> Config:
-        """Our settings."""
-        return official_config(*self.constructor)
-
-
-OFFICIAL: dict[str, Published] = {
-    "infinity-2b": Published(
-        shape="2b",
-        files=("infinity_vae_d32reg.pth", "infinity_2b_reg.pth"),
-        bits=32,
-        sampling="2b-notebook",
-        geneval=0.69,
-        geneval_rewritten=0.73,
-        dpg=83.5,
-        hps=32.2,
-        image_reward=0.96,
-    ),
-    "infinity-8b": Published(
-        shape="8b",
-        files=("infinity_vae_d56_f8_14_patchify.pth", "infinity_8b_weights"),
-        bits=14,
-        patchify=True,
-        sampling="8b-notebook",
-        geneval_rewritten=0.79,
-        dpg=86.6,
-    ),
-    "infinity-8b-512": Published(
-        shape="8b",
-        files=("infinity_vae_d56_f8_14_patchify.pth", "infinity_8b_512x512_weights"),
-        bits=14,
-        patchify=True,
-        budget="0.25M",
-        sampling="8b-notebook",
-    ),
-}
+    config = LAYOUT.settings(Config, vae_args, model_args)
+    told = {"sizes": sizes, "tables": None if tables is None else tuple(tables)}
+    return config.model_copy(update={name: value for name, value in told.items() if value is not None})
 
 
 def _preset(depth: int, dim: int, heads: int) -> Callable[..., Config]:
@@ -480,16 +302,9 @@ def _preset(depth: int, dim: int, heads: int) -> Callable[..., Config]:
     return preset
 
 
-def _published_preset(published: Published) -> Callable[..., Config]:
-    def preset(**changes: object) -> Config:
-        return Config.model_validate(published.config().model_dump() | changes)
-
-    return preset
-
-
 PRESETS: dict[str, Callable[..., Config]] = {
     "emoji-64-text": emoji_64_text,
     "tiny": tiny,
     **{name: _preset(*shape) for name, shape in SHAPES.items()},
-    **{name.removeprefix("infinity-"): _published_preset(published) for name, published in OFFICIAL.items()},
+    **{name.removeprefix("infinity-"): published.config for name, published in OFFICIAL.items()},
 }
