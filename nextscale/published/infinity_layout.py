@@ -25,8 +25,8 @@ from nextscale.tokenizer.tokenizer import Tokenizer
 # ---- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _stride(arguments: Arguments) -> int:
-    return 2 ** (len(arguments["encoder_ch_mult"]) - 1)
+def _stride(multipliers: tuple[int, ...]) -> int:
+    return 2 ** (len(multipliers) - 1)
 
 
 # The last two are set inside it.
@@ -44,8 +44,8 @@ VAE_MODEL = Constructor(
         Argument(
             "patch_size",
             16,
-            theirs=lambda _, config: config.autoencoder.stride,
-            allowed=lambda size, args: size == _stride(args),
+            theirs=lambda _, config: _stride(config.autoencoder.multipliers),
+            allowed=lambda size, args: size == _stride(args["encoder_ch_mult"]),
             only="the stride of its levels",
         ),
         Argument("encoder_ch_mult", (1, 2, 4, 4, 4), "autoencoder.multipliers"),
