@@ -32,11 +32,7 @@ from nextscale.model.text_condition import NegativeText, TextBlock, TextConditio
 from nextscale.model.text_encoders import TextEncoder, TextSettings
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.published.infinity_layout import (
-    LAYOUT,
-    OFFICIAL,
-    SHAPES,
-)
+from nextscale.published.infinity_layout import LAYOUT, OFFICIAL, SHAPES
 from nextscale.published.infinity_layout import SAMPLING as SAMPLING
 from nextscale.published.layout import from_states, to_states, with_own_weights
 from nextscale.sampling.defaults import SamplingDefaults
@@ -290,8 +286,7 @@ def official_config(
 ) -> Config:
     """Our settings for the official code's arguments."""
     config = LAYOUT.settings(Config, vae_args, model_args)
-    told = {"sizes": sizes, "tables": None if tables is None else tuple(tables)}
-    return config.model_copy(update={name: value for name, value in told.items() if value is not None})
+    return Config.model_validate(config.model_dump() | {"sizes": sizes or config.sizes, "tables": tables})
 
 
 def _preset(depth: int, dim: int, heads: int) -> Callable[..., Config]:
