@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nextscale.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
     from nextscale.evaluation.reconstruction import psnr as psnr
     from nextscale.evaluation.report import evaluate as evaluate
-    from nextscale.official import load_official as load_official
+    from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
     from nextscale.sampling.edit import inpaint as inpaint
     from nextscale.sampling.edit import keep_tokens as keep_tokens
@@ -69,7 +69,7 @@ _HOME = {
     "nextscale.evaluation.report": ("evaluate",),
     "nextscale.evaluation.reconstruction": ("evaluate_tokenizer", "psnr"),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
-    "nextscale.official": ("load_official",),
+    "nextscale.published.convert": ("load_official",),
     "nextscale.sampling.guidance": ("Guidance", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
     "nextscale.sampling.state": ("State",),

@@ -15,7 +15,9 @@ from small import parts
 import nextscale as ns
 from nextscale.draws import Draws
 from nextscale.encoded import EncodedImages
-from nextscale.keymap import model_key
+from nextscale.model.positions import ResizedPositions
+from nextscale.published.flexvar_layout import FLEXVAR, MASK, USAGE, VQMODEL
+from nextscale.published.keys import model_key
 from nextscale.recipes.generators import flexvar
 from nextscale.sampling import pick as picking
 from nextscale.schedule import Schedule
@@ -246,9 +248,9 @@ def test_objective_draws_from_the_generator_that_it_is_given():
 
 def test_positions():
     io = part("io", "pos.")
-    positions = flexvar.ResizedPositions(12, 32)
+    positions = ResizedPositions(12, 32)
     torch.testing.assert_close(positions.table[None], io["init_d12"], **EXACT)
-    positions = flexvar.ResizedPositions(6, 32)
+    positions = ResizedPositions(6, 32)
     positions.load_state_dict({"start": torch.zeros(1, 6), "table": io["table"][0]})
     sides = sorted(int(name.removeprefix("resized.")) for name in io if name.startswith("resized."))
     assert max(sides) == 40  # larger than the table
@@ -266,7 +268,7 @@ def test_layout_of_the_published_models(name):
     published, models = flexvar.OFFICIAL[name], numbers("schema")["models"]
     tokenizer, generator = models["vq16_v8912"], models[name.replace("-", "_")]
     vae, var = published.constructor
-    full = flexvar.VAE_ARGS | vae
+    full = VQMODEL.defaults | vae
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in full.items() if key != "ch"} == tokenizer[
         "constructor"
     ]
@@ -281,11 +283,11 @@ def test_layout_of_the_published_models(name):
         layout = {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in state.items()}
         assert layout == expected["state_dict"]
         assert sum(p.numel() for p in module.parameters()) == expected["n_params"]
-        assert set(expected["buffers"]) == {k for k in layout if k in (flexvar.USAGE, flexvar.MASK) or "zero_k" in k}
+        assert set(expected["buffers"]) == {k for k in layout if k in (USAGE, MASK) or "zero_k" in k}
     assert list(states[1]) == list(generator["state_dict"])
     assert system.model.blocks[-1].branches[0].drop_path.rate == pytest.approx(generator["drop_path_max"])
-    assert flexvar.VAR_ARGS["cond_drop_rate"] == generator["cond_drop_rate"]
-    assert flexvar.VAR_ARGS["token_dropout_p"] == generator["token_dropout_p_created_but_not_applied"]
+    assert FLEXVAR.defaults["cond_drop_rate"] == generator["cond_drop_rate"]
+    assert FLEXVAR.defaults["token_dropout_p"] == generator["token_dropout_p_created_but_not_applied"]
     assert system.config.transformer.eps == generator["norm_eps"]
     assert system.schedule.length == generator["sequence_length_default"]
     as_meta = [{key: torch.empty(t.shape, device="meta") for key, t in state.items()} for state in states]
@@ -303,10 +305,10 @@ def test_there_and_back(which):
     states = flexvar.to_official(system(which))
     for state, prefix in zip(states, ("vae.", f"{which}."), strict=True):
         given = part("weights", prefix)
-        assert set(state) - set(given) <= {flexvar.USAGE, flexvar.MASK}
+        assert set(state) - set(given) <= {USAGE, MASK}
         assert all(torch.equal(state[key], given[key]) for key in given)
     assert sum(p.numel() for p in system(which).model.parameters()) == numbers()["settings"][which]["n_params"]
-    mask = states[1][flexvar.MASK][0, 0]
+    mask = states[1][MASK][0, 0]
     assert mask[0].isinf().sum() == len(mask) - 1 and not mask[-1].any()
 
 
@@ -315,19 +317,19 @@ def test_foreign_states_are_explained():
     del vae["encoder.mid.1.q.weight"]
     with pytest.raises(ValueError, match=r"missing     encoder.mid.1.q.weight \(64, 64, 1, 1\)"):
         flexvar.from_official(vae, var, *args)
-    var |= {"extra": torch.zeros(2), "pos_1LC": torch.zeros(1, 64, 16, 16), flexvar.MASK: torch.zeros(1)}
+    var |= {"extra": torch.zeros(2), "pos_1LC": torch.zeros(1, 64, 16, 16), MASK: torch.zeros(1)}
     with pytest.raises(ValueError) as error:
         flexvar.from_official(part("weights", "vae."), var, *args)
     for words in ("unexpected  extra (2,)", "wrong shape pos_1LC: expected (1, 64, 32, 32), got (1, 64, 16, 16)"):
         assert words in str(error.value)
-    assert flexvar.MASK not in str(error.value)
+    assert MASK not in str(error.value)
     with pytest.raises(ValueError, match=r"unknown arguments of the official VQModel: \['V'\]"):
         flexvar.from_official({}, {}, {"V": 64})
-    with pytest.raises(ValueError, match="same levels"):
+    with pytest.raises(ValueError, match="encoder_ch_mult and decoder_ch_mult must be the same"):
         flexvar.official_config({"decoder_ch_mult": (1, 2)}, {})
     with pytest.raises(ValueError, match="attn_drop_rate"):
         flexvar.official_config({}, {"attn_drop_rate": 0.1})
-    with pytest.raises(ValueError, match=r"cannot express the autoencoder.patch, .*position_side of this system"):
+    with pytest.raises(ValueError, match=r"cannot express autoencoder.patch=4, .*position_side=8"):
         flexvar.to_official(flexvar.build(flexvar.tiny()))
 
 
@@ -358,7 +360,7 @@ def test_initial_weights():
             slack = 5 / (2 * value.numel()) ** 0.5 * 2
             assert float(value.std()) == pytest.approx(expected, rel=max(slack, 0.02)), name
     assert numbers("schema")["init_pos_table_untouched_by_init_weights"]
-    assert torch.equal(parameters["pos_1LC"], flexvar.ResizedPositions(256, 32).table)
+    assert torch.equal(parameters["pos_1LC"], ResizedPositions(256, 32).table)
 
 
 # ---- the transformer --------------------------------------------------------------------------------------------------

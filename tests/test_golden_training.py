@@ -8,7 +8,7 @@ from test_golden import by_scale, numbers, part, quantizer, system, tensors
 
 from nextscale.draws import Draws
 from nextscale.encoded import EncodedImages
-from nextscale.keymap import model_key, tokenizer_key
+from nextscale.published.keys import model_key, tokenizer_key
 from nextscale.recipes.generators import var
 from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.generator_task import NO_DECAY, GeneratorTask, stage

@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import nextscale as ns
+from nextscale.aspect import SIZES, schedule_for
 from nextscale.draws import Draws
-from nextscale.keymap_infinity import PUBLISHED_ARGS, model_key
 from nextscale.model import text_condition as text_room
 from nextscale.model.bit_head import BitHead
 from nextscale.model.rotary import Rotary, RotaryAttention, RotarySettings, rotate
 from nextscale.model.text_condition import Text, TextCondition
 from nextscale.model.text_encoders import HashWords, MiniLM, T5Encoder
+from nextscale.published.infinity_layout import LAYOUT, PUBLISHED_ARGS, model_key
+from nextscale.published.layout import from_states
 from nextscale.recipes.generators import infinity
-from nextscale.recipes.generators.infinity import SIZES, SelfCorrection, schedule_for
+from nextscale.recipes.generators.infinity import SelfCorrection
 from nextscale.recipes.guidance import inside
 from nextscale.recipes.guidance.negative import with_negative
 from nextscale.sampling.pick import filter_logits
@@ -693,7 +695,8 @@ def test_layout_of_official_models(name):
     assert s.model.conditioner.pool.query.shape == (entry["pool_heads"], entry["pool_head_dim"])
     empty = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in model.items()}
     empty_vae = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in vae.items()}
-    loaded = infinity.from_states(config, empty_vae, empty, chunks, complete=True)
+    given = {"block_chunks": chunks}
+    loaded = from_states(LAYOUT, infinity.build, config, (empty_vae, empty), given=given, complete=True)
     assert loaded.image_size == ((1024, 1024))
 
 
@@ -754,7 +757,7 @@ def test_other_forms_of_official_states():
         infinity.from_official(vae, biased, vae_args, model_args, **options)
     with pytest.raises(ValueError, match=r"unknown arguments.*depht"):
         infinity.official_config(vae_args, model_args | {"depht": 3})
-    with pytest.raises(ValueError, match=r"swiglu=True.*block_chunks=3 for 4 blocks"):
+    with pytest.raises(ValueError, match=r"swiglu=True.*block_chunks=3 .only a divisor of the depth"):
         infinity.official_config(vae_args, model_args | {"swiglu": True, "block_chunks": 3})
 
 

@@ -15,10 +15,14 @@ import torch
 from pydantic import ValidationError
 
 import nextscale as ns
-from nextscale import cli, official
+from nextscale import cli
 from nextscale.cli import draw
-from nextscale.keymap import USAGE
+from nextscale.published import convert
+from nextscale.published.layout import from_states
+from nextscale.published.var_layout import LAYOUT, USAGE, VAR, VQVAE, PublishedVAR
+from nextscale.published.weight_files import read_pth
 from nextscale.recipes.generators import var
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.training.rates import learning_rate, weight_decay
 
 SCHEMA = Path(__file__).parent / "data" / "golden" / "schema.json"
@@ -48,7 +52,7 @@ def states(name: str, device: str) -> tuple[dict, dict]:
     return both[0], both[1]
 
 
-class Tiny(var.Published):
+class Tiny(PublishedVAR):
     """A model of the official classes that tests can write in no time."""
 
     @property
@@ -112,7 +116,7 @@ def test_all_published_models_are_listed():
 def test_layout_is_the_official_one_and_loads_strictly(name):
     config = var.OFFICIAL[name].config()
     vae, transformer = states(name, "meta")
-    system = var.from_states(config, vae, transformer, complete=True)
+    system = from_states(LAYOUT, var.build, config, (vae, transformer), complete=True)
     side = 512 if name == "var-d36" else 256
     assert system.image_size == (side, side) and system.schedule.sizes[-1] == (side // 16, side // 16)
     for module, state, part in zip(
@@ -130,12 +134,12 @@ def test_nothing_may_be_missing():
     config = var.OFFICIAL["var-d16"].config()
     vae, transformer = states("var-d16", "meta")
     del transformer["lvl_1L"]
-    var.from_states(config, vae, transformer)  # it follows from the settings
+    from_states(LAYOUT, var.build, config, (vae, transformer))  # it follows from the settings
     with pytest.raises(ValueError, match=r"missing     lvl_1L \(1, 680\)"):
-        var.from_states(config, vae, transformer, complete=True)
+        from_states(LAYOUT, var.build, config, (vae, transformer), complete=True)
     del vae["quant_conv.bias"]
     with pytest.raises(ValueError, match=r"missing     quant_conv.bias \(32,\)"):
-        var.from_states(config, vae, transformer)
+        from_states(LAYOUT, var.build, config, (vae, transformer))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -143,11 +147,13 @@ def test_constructor_and_training_are_the_published_ones(name):
     vae, transformer = entries(name)
     published = var.OFFICIAL[name]
     got_vae, got_var = published.constructor
-    assert var.VAE_ARGS | got_vae == {k: tuple(v) if isinstance(v, list) else v for k, v in vae["constructor"].items()}
+    assert VQVAE.defaults | got_vae == {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vae["constructor"].items()
+    }
     expected = {k: tuple(v) if isinstance(v, list) else v for k, v in transformer["constructor"].items()}
     expected |= {"flash_if_available": True, "fused_if_available": True}
     assert expected.pop("head_dim") == 64
-    got_var = var.VAR_ARGS | got_var
+    got_var = VAR.defaults | got_var
     assert got_var.pop("drop_path_rate") == pytest.approx(expected.pop("drop_path_rate"))
     assert got_var == expected
     args, training = transformer["published_training_args"], published.training
@@ -173,7 +179,7 @@ def test_d16_weights_are_taken_over_not_copied():
         empty = var.build(config)
     layout = var.to_official(empty)[1]
     transformer |= {name: tensor for name, tensor in layout.items() if not tensor.is_meta}
-    system = var.from_states(config, vae, transformer, complete=True)
+    system = from_states(LAYOUT, var.build, config, (vae, transformer), complete=True)
     again = var.to_official(system, vae[USAGE])
     for before, after in zip((vae, transformer), again, strict=True):
         copied = [k for k in before if before[k].data_ptr() != after[k].data_ptr()]
@@ -253,7 +259,7 @@ def test_missing_files_are_named_with_their_address(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match=r"could not fetch var_d16.pth|could not fetch vae_ch160v4096z32.pth"):
         ns.load_official("var-d16")
-    with pytest.raises(ValueError, match="no published model 'var-d17'; there are var-d16, var-d20"):
+    with pytest.raises(ValueError, match=r"no published model 'var-d17'; there are flexvar-d16, .*, var-d16, var-d20"):
         ns.load_official("var-d17", tmp_path)
 
 
@@ -280,15 +286,15 @@ def test_round_trip_keeps_every_bit(tmp_path, capsys, name, rows):
 
 def test_own_systems_can_be_taken_to_the_reference(tmp_path):
     system = var.build(var.OFFICIAL["var-tiny"].config(), seed=5)
-    paths = official.export_official(ns.save(system, tmp_path / "own"), tmp_path / "official")
+    paths = convert.export_official(ns.save(system, tmp_path / "own"), tmp_path / "official")
     vae, transformer = (torch.load(path, weights_only=True) for path in paths)
     assert vae[USAGE].shape == (3, 48) and not vae[USAGE].any()
-    again = var.from_official(vae, transformer, *var.official_args(system.config))
+    again = var.from_official(vae, transformer, *LAYOUT.arguments(system.config))
     assert all(torch.equal(a, b) for a, b in zip(system.parameters(), again.parameters(), strict=True))
 
 
 def test_conversion_refuses_at_the_door(files, tmp_path, capsys):
-    ours = official.convert_official("var-tiny", files, tmp_path / "ours")
+    ours = convert.convert_official("var-tiny", files, tmp_path / "ours")
 
     def refused(*words: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -306,7 +312,7 @@ def test_conversion_refuses_at_the_door(files, tmp_path, capsys):
     assert "no published model" in refused("var-d99", "--from", tmp_path, "--to", tmp_path / "new")
     with pytest.raises(ValueError, match="holds another system than var-d16"):
         ns.load_official("var-d16", ours)
-    (ours / official.EXTRA).write_bytes(b"no safetensors")
+    (ours / convert.EXTRA).write_bytes(b"no safetensors")
     assert "official.safetensors is damaged" in refused(ours, "--to-official", tmp_path / "new")
 
 
@@ -319,11 +325,11 @@ def official_like(system: Path) -> Path:
 
 def test_what_the_reference_cannot_express_is_named():
     with pytest.raises(ValueError, match=r"cannot express autoencoder.patch=4.*pyramid.standardize=True"):
-        var.official_args(var.emoji_64())
+        LAYOUT.arguments(var.emoji_64())
     config = var.OFFICIAL["var-tiny"].config()
     with pytest.raises(ValueError, match=r"cannot express sizes=1 2x1"):
-        var.official_args(config.model_copy(update={"sizes": (1, (2, 1))}))
-    vae, transformer = var.official_args(config)
+        LAYOUT.arguments(config.model_copy(update={"sizes": (1, (2, 1))}))
+    vae, transformer = LAYOUT.arguments(config)
     assert var.official_config(vae, transformer).pyramid == config.pyramid
 
 
@@ -359,7 +365,7 @@ def test_malicious_pickles_run_nothing(files, tmp_path, form):
         with pytest.raises(ValueError, match=r"var_d2.pth .*(nothing of it was executed|no file of torch.save)"):
             ns.load_official("var-tiny", files, verify=verify)
     with pytest.raises(ValueError):
-        official.convert_official("var-tiny", files, tmp_path / "ours")
+        convert.convert_official("var-tiny", files, tmp_path / "ours")
     assert not marker.exists() and not (tmp_path / "ours").exists()
 
 
@@ -440,7 +446,7 @@ def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path):
         place, bit = draw.randrange(len(data)), 1 << draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         try:
-            got = official.read_pth(path)
+            got = read_pth(path)
         except ValueError as error:
             assert "small.pth" in str(error)
         else:
@@ -468,7 +474,9 @@ def test_wrong_and_swapped_models_list_every_mismatch(files, tmp_path):
 
 def test_a_published_file_of_another_size_is_recognised(tmp_path):
     vae, transformer = states("var-d20", "meta")
-    assert official._hint("var-d16", vae, transformer) == "\n(the generator's width 1280 is that of var-d20)"
+    assert (
+        convert._hint(convert._find("var-d16"), vae, transformer) == "\n(the generator's width 1280 is that of var-d20)"
+    )
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
@@ -483,11 +491,11 @@ def test_presets_say_the_reference_settings_in_our_words(files):
         weights = preset.options()["guidance"].weights
         assert weights(schedule, 0) == (1, 0) and weights(schedule, 9)[0] == preset.guidance
     with pytest.raises(ValidationError):
-        var.SamplingDefaults(guidance=-1)
+        SamplingDefaults(guidance=-1)
 
 
 def test_sample_takes_a_preset(files, tmp_path, capsys, monkeypatch):
-    official.convert_official("var-tiny", files, tmp_path / "ours")
+    convert.convert_official("var-tiny", files, tmp_path / "ours")
     monkeypatch.chdir(tmp_path)
     words = ["sample", "--system", "ours", "--labels", "1", "--count", "2"]
     system = ns.load("ours")
@@ -531,12 +539,12 @@ def test_d16_for_real(tmp_path):
         torch.save(state, files / file)
     for folder in (files, ours):
         if folder is ours:
-            official.convert_official("var-d16", files, ours)
+            convert.convert_official("var-d16", files, ours)
         out = subprocess.run([sys.executable, "-c", LOAD, folder], capture_output=True, text=True, check=True).stdout
         before, peak, weights, seconds = map(float, out.split())
         print(f"{folder.name}: peak {peak / weights:.2f} x weights, {before / 1e6:.0f} MB before, {seconds:.1f} s")
         assert peak < 1.3 * weights
-    official.export_official(ours, back)
+    convert.export_official(ours, back)
     for file, state in zip(var.OFFICIAL["var-d16"].files, both, strict=True):
         assert same_bits(torch.load(back / file, weights_only=True, mmap=True), state)
     for folder in (files, ours, back):  # 5 GB, which pytest would keep

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings", "files", "modules"),
     ("tokens", "condition"),
     ("schedule", "draws"),
+    ("system_settings", "aspect"),
     ("contracts",),
     ("features", "output", "sharded"),
     ("processes",),

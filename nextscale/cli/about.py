@@ -43,7 +43,7 @@ def info(
 
 
 def list_() -> None:
-    """List the systems that ship with the package, and the recipes."""
+    """List the systems that ship with the package, the recipes, and the published models that `convert` knows."""
     print("systems:")
     names = sorted(path.parent.name for path in (PACKAGE / "weights").glob("*/config.json"))
     for name in names:
@@ -55,6 +55,10 @@ def list_() -> None:
     print("recipes:")
     for path in sorted((PACKAGE / "recipes").rglob("[!_]*.py")):
         print(f"  {path.stem:<14} {_first_line(path)}")
+    from nextscale.published.convert import published_names
+
+    print("published models (nextscale convert NAME --to FOLDER):")
+    print(textwrap.fill(", ".join(published_names()), 100, initial_indent="  ", subsequent_indent="  "))
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     import torch
     import torch.nn.functional as F
 
-    from nextscale.recipes.generators import var
+    var = ns.find_recipe("var")
     from nextscale.training.generator_task import flop_per_image
     from nextscale.training.memory import peak_memory
 

@@ -125,7 +125,7 @@ def convert(
     checkpoint: Path | None = None,
     own_tokenizer: bool = False,
 ) -> None:
-    """Convert a published VAR checkpoint into a system, or a system into the files of the reference code.
+    """Convert a published model into a system, or a system into the files of its method's official code.
 
     Try: nextscale convert var-d16 --from checkpoints --to systems/var-d16
 
@@ -134,23 +134,23 @@ def convert(
     Every bit is kept, both ways. Nothing in the files is executed. The last line is the path of what was written.
 
     Args:
-        system: with --to var-d16, var-d20, var-d24, var-d30 or var-d36; with --to-official a shipped name, folder, or
-            hub name
+        system: with --to a published model, var-d16, flexvar-d16 or infinity-2b for example (`nextscale list` has all);
+            with --to-official a shipped name, folder, or hub name
         source: folder of the published files (vae_ch160v4096z32.pth and var_d16.pth, for example)
         to: folder to write the system to
-        to_official: folder to write the two .pth files to
-        checkpoint: a training checkpoint of the reference (ar-ckpt-*.pth) instead of var_d*.pth
+        to_official: folder to write the two official files to
+        checkpoint: a training checkpoint of the official code (ar-ckpt-*.pth) instead of the generator's file
         own_tokenizer: take the tokenizer inside that checkpoint instead of the published file
     """
     if (to is None) == (to_official is None):
-        raise ValueError("give either --to FOLDER (from the reference's files) or --to-official FOLDER (back to them)")
+        raise ValueError("give either --to FOLDER (from official files) or --to-official FOLDER (back to them)")
     if to is not None:
-        from nextscale.official import convert_official
+        from nextscale.published.convert import convert_official
 
         check_writable(to / "config.json")
         print(convert_official(system, source, to, checkpoint=checkpoint, own_tokenizer=own_tokenizer))
     elif to_official is not None:
-        from nextscale.official import export_official
+        from nextscale.published.convert import export_official
 
         if source is not None or checkpoint is not None or own_tokenizer:
             raise ValueError(

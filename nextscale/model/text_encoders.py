@@ -12,14 +12,16 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nextscale.model.text_condition import Text
+from nextscale.settings import Settings
 
 REMEMBERED = 16384  # texts
 
@@ -135,6 +137,25 @@ class T5Encoder(TextEncoder):
         tokenizer, model = self._loaded
         ids = tokenizer(text, truncation=True, max_length=self.length, return_tensors="pt").input_ids
         return model(input_ids=ids.to(self.device)).last_hidden_state[0].float().cpu()
+
+
+class TextSettings(Settings):
+    """Which text encoder the model reads. The defaults are Infinity's."""
+
+    encoder: Literal["t5", "minilm", "hash"] = Field(
+        "t5",
+        description="t5: flan-t5-xl (extra nextscale[t5]); minilm: all-MiniLM-L6-v2 (extra nextscale[text]); hash: random "
+        "vectors of words, for tests",
+    )
+    dim: int = Field(2048, ge=1, description="E, channels of its hidden states")
+    length: int = Field(512, ge=1, description="longest text in tokens; rows of the table for images without a text")
+    pool_heads: int = Field(16, ge=1, description="heads of the pooling; the official code has E / 128")
+
+    def reader(self) -> TextEncoder:
+        """The encoder; it loads its files when it reads the first text."""
+        if self.encoder == "hash":
+            return HashWords(self.dim, self.length)
+        return MiniLM(self.length) if self.encoder == "minilm" else T5Encoder(self.length)
 
 
 class _Bert(nn.Module):

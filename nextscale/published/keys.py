@@ -1,12 +1,12 @@
-"""The layout of the reference VAR code's state dicts: names, shapes and order of its entries, there and back.
+"""Names, shapes and order of the entries of official state dicts, there and back.
 
-The forks of that code keep its names, so recipes share this map.
+The forks of the reference VAR code keep its names, so layouts share these maps.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from nextscale.checkpoint import explain_mismatch
 from nextscale.tokenizer.autoencoder import SpatialAttention
 from nextscale.tokenizer.tokenizer import Tokenizer
 
-USAGE = "quantize.ema_vocab_hit_SV"  # how often each code is used at each scale: kept by conversions, read by nothing
 # The order of the entries in official files: that of the words between their dots.
 ORDER = (
     "encoder decoder quantize quant_conv post_quant_conv conv_in down mid up norm_out conv_out ema_vocab_hit_SV quant_resi "
@@ -38,21 +37,27 @@ def fill(
     official: Rename,
     source: str,
     complete: bool,
+    unread: Mapping[str, int],
 ) -> None:
-    """Fill a module from official entries, which must have the names, shapes and derived values of `layout`."""
+    """Fill a module from official entries, which must have the names, shapes and derived values of `layout`.
+
+    Of entries in `unread`, so many first dimensions may have any size, and the values may be any. `complete`: entries that
+    follow from the settings may not be left out.
+    """
     ours = module.state_dict()
     parts = {key: _names(official, key) for key in ours}
     names = {name for several in parts.values() for name in several}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {name: tuple(t.shape) for name, t in layout.items() if complete or name in names or name in state}
-    if USAGE in got and USAGE in layout and got[USAGE][1:] == tuple(layout[USAGE].shape[1:]):
-        expected[USAGE] = got[USAGE]  # it may be of another schedule, as in the reference
+    for name, free in unread.items():
+        if name in got and name in layout and got[name][free:] == tuple(layout[name].shape[free:]):
+            expected[name] = got[name]
     explain_mismatch(got, expected, source, most=None)
     for name, tensor in state.items():
         if name in names:
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} in {source} must hold floating-point numbers, got {tensor.dtype}")
-        elif name != USAGE and not tensor.is_meta and not torch.equal(tensor.to(layout[name]), layout[name]):
+        elif name not in unread and not tensor.is_meta and not torch.equal(tensor.to(layout[name]), layout[name]):
             raise ValueError(
                 f"{name} in {source} does not hold what follows from the model's settings; the file is damaged or comes "
                 "from changed code, so its weights would compute something else here"
@@ -76,6 +81,8 @@ def renamed(module: nn.Module, official: Rename) -> dict[str, Tensor]:
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("pos_start", "pos_1LC"):
             state[name] = tensor.unsqueeze(0)  # [1, l, D]
+        elif leaf == "mat_q":
+            state[name] = tensor.unsqueeze(0)  # [1, N, head_dim]
         elif leaf == "scale_mul_1H11":
             state[name] = tensor.view(1, -1, 1, 1)
         elif leaf == "ada_gss":
@@ -147,15 +154,6 @@ def down_up_levels(tokenizer: Tokenizer) -> Callable[[str], str]:
     return rename_levels(
         tokenizer, lambda side, i: f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}", "block"
     )
-
-
-def with_defaults(
-    args: Mapping[str, Any], defaults: dict[str, Any], what: str, ignored: Set[str] = frozenset()
-) -> dict[str, Any]:
-    """Arguments of somebody's constructor with its defaults; `ignored` ones, which change no number, are left out."""
-    if unknown := set(args) - set(defaults) - ignored:
-        raise ValueError(f"unknown arguments of the {what}: {sorted(unknown)}; it has {sorted({*defaults, *ignored})}")
-    return defaults | {name: value for name, value in args.items() if name in defaults}
 
 
 def rename_levels(tokenizer: Tokenizer, level: Callable[[str, int], str], block: str) -> Callable[[str], str]:

@@ -1,0 +1,47 @@
+"""What the settings of systems share: the sizes of the scales, and the classes of systems that are told classes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from nextscale.schedule import Schedule
+from nextscale.settings import Settings
+
+Sides = Annotated[
+    tuple[int | tuple[int, int], ...],
+    Field(min_length=1, description="sizes of the scales: a side, or height and width"),
+]
+
+
+class SystemSettings(Settings):
+    """The settings of any system. A recipe's `Config` says which sizes are the default."""
+
+    sizes: Sides
+
+    @property
+    def schedule(self) -> Schedule:
+        """The sizes as a `Schedule`."""
+        return Schedule(tuple((size, size) if isinstance(size, int) else size for size in self.sizes))
+
+
+class ClassSystemSettings(SystemSettings):
+    """The settings of a system that is told classes. The default is ImageNet's number of them."""
+
+    classes: tuple[str, ...] = Field((), description="names of the classes")
+    num_classes: int = Field(1000, ge=0, description="number of classes; 0: a tokenizer without a generator")
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) != len(classes):
+            raise ValueError("class names must differ from each other")
+        return classes
+
+    def check_classes(self) -> None:
+        """Raise ValueError unless there are as many class names as classes, or none."""
+        if self.classes and self.num_classes != len(self.classes):
+            raise ValueError(
+                f"num_classes is {self.num_classes}, but there are {len(self.classes)} class names; give one number"
+            )
