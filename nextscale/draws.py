@@ -39,6 +39,10 @@ class Draws:
         """Uniform in [0, 1), [rows, *shape]."""
         return torch.rand(self.total, *shape, generator=self.generator)[self.rows]
 
+    def randn(self, *shape: int) -> Tensor:
+        """Normal, [rows, *shape]."""
+        return torch.randn(self.total, *shape, generator=self.generator)[self.rows]
+
     def randint(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers from `low` to `high - 1`, int64 [rows, *shape]."""
         return torch.randint(low, high, (self.total, *shape), generator=self.generator)[self.rows]

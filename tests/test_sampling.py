@@ -193,3 +193,33 @@ def test_wrapped_models_share_weights_and_leave_the_first_alone():
     assert {id(p) for p in other.parameters()} == {id(p) for p in system.model.parameters()}
     assert other.blocks[0].branches[0] is system.model.blocks[0].branches[1]
     assert [type(b.layer).__name__ for b in system.model.blocks[0].branches] == ["SelfAttention", "FeedForward"]
+
+
+def test_steps_mix_with_runs_in_any_mode():
+    """States made inside and outside of `inference_mode` go on in the other, and what was sampled can be trained on."""
+    system = var.build(small())
+    expected = ns.sample(system, [0, 1], seed=3)
+    with torch.inference_mode():
+        state = ns.start(system, [0, 1], seed=3)
+    state = ns.step(system, state)
+    with torch.inference_mode():
+        state = ns.step(system, state)
+    state = ns.run(system, state)
+    assert torch.equal(ns.finish(system, state), expected) and not expected.is_inference()
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (state.f_hat, *state.tokens))
+
+
+def test_tables_first_asked_for_in_inference_mode_can_be_trained_with():
+    schedule = ns.Schedule(((1, 1), (3, 5), (7, 11)))  # which no other test uses
+    with torch.inference_mode():
+        index, coords, mask = schedule.span().scale_index(), schedule.span().coords(), schedule.span().mask()
+    assert not schedule.span().scale_index().is_inference() and not schedule.span().coords().is_inference()
+    table = torch.zeros(3, 2, requires_grad=True)
+    (table[schedule.span().scale_index()] * schedule.span().coords()).sum().backward()
+    assert table.grad is not None and len(index) == len(coords) == len(mask)
+
+
+@pytest.mark.parametrize("sizes", [((2.9, 2.9),), ((1, "2"),), (2, 3), ((True, 1.0),)])
+def test_sizes_are_whole_numbers(sizes):
+    with pytest.raises(ValueError, match="whole numbers"):
+        ns.Schedule(sizes)

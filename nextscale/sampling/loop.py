@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +93,14 @@ class ScaleByScale:
         return system.output.finish(system.tokenizer.decode(state.f_hat))
 
 
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No gradients, and ordinary tensors even inside of a caller's `inference_mode`: a state may be stepped outside of it, and
+    tables that are made here may be used in training next."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def stepper_of(system: System) -> Stepper:
     """The system's own steps, or VAR's."""
     return system.stepper or ScaleByScale()
@@ -109,13 +118,13 @@ def start(
     schedule: Schedule | None = None,
 ) -> State:
     """The state before the first step; the arguments are those of `sample_tokens`."""
-    with torch.no_grad():
+    with plain_tensors():
         return stepper_of(system).start(system, labels, Options(guidance, pick, edit, seed, generator, schedule))
 
 
 def step(system: System, state: State) -> State:
     """The state after one more step (scale); the given one stays as it is and can be stepped again."""
-    with torch.no_grad():
+    with plain_tensors():
         return stepper_of(system).step(system, state)
 
 
@@ -134,7 +143,7 @@ def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
 
 def finish(system: System, state: State) -> Tensor:
     """What the system gives of a state, images [B, 3, H, W] in [-1, 1]: after the last step, or earlier as a preview."""
-    with torch.no_grad():
+    with plain_tensors():
         return stepper_of(system).finish(system, state)
 
 

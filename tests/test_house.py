@@ -1,0 +1,33 @@
+"""The house: rooms import downwards only, and the picture in the documents is that of the code."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
+house = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(house)
+
+
+def test_no_arrow_leads_up_or_in_a_circle():
+    assert house.faults() == []
+
+
+def test_every_room_has_a_floor_and_a_line_in_architecture_md():
+    rooms = {
+        path.stem for path in (ROOT / "nextscale").iterdir() if not path.name.startswith("_") and path.name != "weights"
+    }
+    assert rooms == set(house.FLOOR)
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| room, from") : text.index("## Contracts")]
+    names = {f"`{room}.py`" if (ROOT / "nextscale" / f"{room}.py").exists() else f"`{room}/`" for room in rooms}
+    assert {name for name in names if name not in table} == set()
+
+
+def test_the_core_imports_no_recipe():
+    assert [room for room, other in house.arrows() if other == "recipes" and room != "cli"] == []
+
+
+def test_no_two_files_have_one_name():
+    names = [path.name for path in (ROOT / "nextscale").rglob("*.py") if not path.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
