@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,3 +55,10 @@ class Part:
 
     batch: dict[str, Any]  # entries [rows, ...], tensors or lists
     draws: Draws
+
+
+def normal(shape: Sequence[int], generators: torch.Generator | list[torch.Generator]) -> Tensor:
+    """Normal numbers [B, ...] for sampling: of each image's own generator, or of one for all."""
+    if isinstance(generators, torch.Generator):
+        return torch.randn(tuple(shape), generator=generators, device=generators.device)
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=one, device=one.device) for one in generators])
