@@ -20,6 +20,7 @@ from tqdm import tqdm
 import nextscale as ns
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import var
+from nextscale.sampling.loop import stepper_of
 
 
 def speed(
@@ -78,11 +79,12 @@ def time_transformer(system: ns.System, batch: int) -> list[float]:
     model, schedule = system.need_model(), system.schedule
     rows = 2 * batch
     prepared = model.prepare(system.condition(list(range(rows))))
-    cache = model.new_cache(rows, schedule.length)
+    cache = model.new_cache(prepared, schedule)
     generator = torch.Generator().manual_seed(0)
     code_dim = system.tokenizer.pyramid.code_dim
     seconds = []
-    for k, span in enumerate(list(schedule.steps())[: len(schedule) - system.skipped]):
+    scales = len(schedule) - stepper_of(system).skipped
+    for k, span in enumerate(list(schedule.steps())[:scales]):
         inputs = torch.randn(rows, schedule.lengths[k], code_dim, generator=generator) if k else None
         begun = time.perf_counter()
         model.hidden(inputs, prepared, span, cache)
@@ -135,7 +137,8 @@ def first_step_loss(dense: ns.System, pruned: ns.System, tokens: list[Tensor], l
     losses = []
     for system in (dense, pruned):
         model, schedule = system.need_model(), system.schedule
-        prepared, cache = model.prepare(system.condition(labels)), model.new_cache(len(labels), schedule.length)
+        prepared = model.prepare(system.condition(labels))
+        cache = model.new_cache(prepared, schedule)
         pyramid = system.tokenizer.pyramid
         f_hat, loss = pyramid.start(len(labels), schedule), []
         for k, span in enumerate(schedule.steps()):

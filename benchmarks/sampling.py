@@ -69,7 +69,7 @@ def time_sampling(system: ns.System, batch: int, repeats: int) -> dict[str, list
         begun = time.perf_counter()
         state = ns.run(system, ns.start(system, labels, guidance=guidance, seed=repeat * batch))
         middle = time.perf_counter()
-        system.tokenizer.decode(state.f_hat).clamp(-1, 1)
+        ns.finish(system, state)
         if repeat:  # the first one warms up
             tokens.append(middle - begun)
             decode.append(time.perf_counter() - middle)

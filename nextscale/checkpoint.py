@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nextscale.files import atomic_write, digest
 from nextscale.settings import Settings
-from nextscale.system import System, find_recipe
+from nextscale.system import System, find_method, find_recipe
 
 MAX_CONFIG_BYTES = 10_000_000  # a config is text of a few kB; more is not ours
 
@@ -121,7 +121,7 @@ def load(
     if dtype is not None:
         system.half_(dtype)
     for change in config.changes:
-        method = find_recipe(change.recipe)
+        method = find_method(change.recipe)
         system = method.apply(system, _settings(method.Config, change.config, folder, f"the change {change.recipe}"))
     return system
 

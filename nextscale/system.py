@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import pkgutil
@@ -130,8 +129,11 @@ class System(nn.Module):
     ) -> System:
         """This system after a method changed its model or its loop; it shares all weights and goes on in the same mode. The
         recipe's name and settings are kept, so that the result can be saved, loaded and changed again."""
-        other = self if model is None else replaced(self, model=model)
-        other = copy.copy(other)
+        known = set(self.modules())
+        for module in () if model is None else model.modules():
+            if module not in known:  # new ones are in training mode
+                module.training = self.need_model().training
+        other = replaced(self) if model is None else replaced(self, model=model)
         other.stepper = self.stepper if stepper is None else stepper
         other.changes = (*self.changes, Change(recipe, config, self))
         return other
@@ -271,3 +273,11 @@ def find_recipe(name: str) -> Any:
     if name not in names:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(sorted(names))}")
     return importlib.import_module(names[name])
+
+
+def find_method(name: str) -> Any:
+    """The module of a recipe that changes systems: `Config`, `apply(system, config)`, `tiny()`."""
+    recipe = find_recipe(name)
+    if not hasattr(recipe, "apply"):
+        raise ValueError(f"the recipe {name} builds systems and changes none")
+    return recipe

@@ -174,7 +174,7 @@ def test_images_are_those_of_the_library_whatever_the_batch(system, monkeypatch)
     monkeypatch.setattr(draw, "BATCH", 2)
     frames = draw.generate(loaded, labels, 5, options, every_scale=True)
     assert len(frames) == len(loaded.schedule)
-    torch.testing.assert_close(frames[-1], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(frames[-1].images, expected, atol=1e-4, rtol=0)
 
 
 def test_prompts_draw_with_systems_that_read_them(nextscale, system, tmp_path, refused):
@@ -309,6 +309,129 @@ def test_list_gives_recipes_with_their_first_line(nextscale):
     lines = nextscale("list").out
     assert any(line.split()[0] == "var" and "Visual Autoregressive" in line for line in lines)
     assert all(any(line.split()[0] == name for line in lines) for name in ns.shipped())
+    methods = lines[next(i for i, line in enumerate(lines) if "methods that change systems" in line) :]
+    assert "applies to any system that samples scale by scale" in "\n".join(methods)
+    assert not any(line.split()[0] in ("var", "infinity") for line in methods)
+
+
+# --- methods ---
+
+FAST = ["--with", "fastvar", "--with.ratios", "0.25,1"]
+INSIDE = ["--with", "inside", "--with.block", "-2"]
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Tiles and titles of pictures in place of files."""
+    saved = {}
+    monkeypatch.setattr(
+        "nextscale.data.images.save_images", lambda tiles, path, **kw: saved.update({str(path): (tiles, kw)}) or path
+    )
+    return saved
+
+
+@pytest.mark.parametrize("words", [FAST, INSIDE, [*FAST, *INSIDE], [*INSIDE, *FAST]], ids=["f", "i", "fi", "if"])
+def test_methods_draw_what_the_library_draws(nextscale, system, pictures, monkeypatch, words):
+    changed = ns.load(system)
+    for name in [word for word in words if word in ("fastvar", "inside")]:
+        recipe = ns.find_recipe(name)
+        config = recipe.Config(ratios=(0.25, 1)) if name == "fastvar" else recipe.Config(block=-2)
+        changed = recipe.apply(changed, config)
+    frames = {}
+    expected = ns.sample(
+        changed,
+        ["cat", None, "cat"],
+        seed=3,
+        guidance=ns.cfg_ramp(3.0),
+        on_scale=lambda k, images: frames.update({k: images}),
+    )
+    monkeypatch.setattr(draw, "BATCH", 2)
+    common = ["--labels", "cat,none,cat", "--count", 1, "--seed", 3, "--guidance", 3, "--scales", "s.png"]
+    result = nextscale("sample", "--system", system, *words, *common)
+    assert result.code == 0 and f"{2 * len(frames)}/{2 * len(frames)}" in result.err[-1], result.err
+    tiles, how = pictures["grid.png"]
+    torch.testing.assert_close(tiles, expected, atol=1e-4, rtol=0)
+    named = " and ".join(change.recipe for change in changed.changes)
+    assert how["title"].startswith(f"tiny with {named}, seed 3")
+    tiles, how = pictures["s.png"]
+    assert how["columns"] == len(frames) == (3 if FAST[1] in words else 4)
+    assert how["labels"][: len(frames)] == [*("1x1", "2x2", "3x3", "4x4")[: len(frames) - 1], how["labels"][-1]]
+    torch.testing.assert_close(tiles.unflatten(0, (3, -1)), torch.stack([*frames.values()], 1), atol=1e-4, rtol=0)
+
+
+def test_every_command_that_loads_a_system_takes_methods(nextscale, system, tmp_path):
+    image, box = drawing(tmp_path / "a.png"), ["--box", "0,0,0.5,1", "--count", 1]
+    for command in (
+        ["demo", "--system", system, *FAST],
+        ["reconstruct", image, "--system", system, *FAST],
+        ["inpaint", image, "--system", system, *FAST, *box],
+        ["outpaint", image, "--system", system, *INSIDE, *FAST, *box],
+        ["edit", image, "--system", system, *FAST, *box, "--labels", "cat"],
+    ):
+        assert nextscale(*command).code == 0, command
+    text = " ".join(nextscale("info", system, *FAST, *INSIDE).out)
+    assert "fastvar: ratios [0.25, 1.0], dense_first 0" in text and "inside: block -2" in text
+
+
+def test_evaluate_judges_a_changed_system(nextscale, system, monkeypatch):
+    judged = []
+    monkeypatch.setattr("nextscale.evaluation.report.evaluate", lambda loaded, *_, **__: judged.append(loaded))
+    assert nextscale("evaluate", system, *FAST, "--out", "e").code == 0
+    assert [change.recipe for change in judged[0].changes] == ["fastvar"]
+
+
+def test_a_changed_system_is_saved_used_by_name_and_changed_again(nextscale, refused, system, pictures):
+    assert nextscale("save", system, *FAST, "--to", "fast").out == ["fast"]
+    assert nextscale("sample", "--system", "fast", "--count", 1, *INSIDE).code == 0
+    tiles, how = pictures["grid.png"]
+    assert how["title"].startswith("fast with fastvar and inside, ")
+    assert nextscale("sample", "--system", system, "--count", 1, *FAST, *INSIDE).code == 0
+    assert torch.equal(pictures["grid.png"][0], tiles)
+    assert "fastvar: ratios [0.25, 1.0]" in " ".join(nextscale("info", "fast").out)
+    assert "pruned already" in refused("sample", "--system", "fast", *FAST)
+    assert "needs --to" in refused("save", system, *FAST)
+
+
+def test_texts_of_a_method_may_hold_commas(nextscale, tmp_path):
+    recipe = ns.find_recipe("infinity")
+    folder = ns.save(recipe.build(recipe.tiny(), seed=1), tmp_path / "reads")
+    words = ["save", folder, "--with", "negative", "--with.prompts", "blurred, ugly", "dark", "--to", "n"]
+    assert nextscale(*words).code == 0 and ns.load("n").changes[0].config.prompts == ("blurred, ugly", "dark")
+
+
+def test_a_method_explains_its_options(nextscale):
+    for words in (["sample", "--with", "fastvar", "--help"], ["info", "--help", "--with=fastvar", "--with=inside"]):
+        result = nextscale(*words)
+        text = " ".join("\n".join(result.out).split())
+        assert result.code == 0 and result.out[0].startswith(f"usage: nextscale {words[0]} --with fastvar")
+        assert "--with.ratios [FLOAT" in text and "--with.dense-first INT" in text
+        assert ("--with.block INT" in text) == ("--with=inside" in words)
+    assert "--with NAME" in "\n".join(nextscale("sample", "--help").out)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--with nope", "unknown method 'nope'; there are fastvar, inside, negative"),
+        ("--with var", "--with var: this recipe builds systems and changes none; there are fastvar"),
+        ("--with", "--with needs the name of a method; there are fastvar"),
+        ("--with.ratios 0.5 --with fastvar", "--with.ratios belongs to a method; name it before"),
+        (
+            "--with fastvar --with.ratio 0.5",
+            "unknown option --with.ratio of fastvar; there are --with.ratios, --with.d",
+        ),
+        ("--with fastvar --with inside --with.ratios 0.5", "unknown option --with.ratios of inside"),
+        ("--with fastvar --with.ratios", "--with.ratios of fastvar needs a value"),
+        ("--with fastvar --with.ratios 0.5 1.5", "--with.ratios: ratios must lie between 0 and 1"),
+        ("--with fastvar --with.ratios 0.5,half", "--with.ratios: Input should be a valid number"),
+        ("--with fastvar --with.dense-first=-1", "--with.dense-first: Input should be greater than or equal to 0"),
+        ("--with fastvar --with.fill air", "--with.fill: Input should be 'cache' or 'zeros', got 'air'"),
+        ("--with inside --with.block 9", "this model has blocks 0 to 1"),
+        ("--with negative", "told classes, not texts"),
+    ],
+)
+def test_methods_that_make_no_sense(refused, system, words, expected):
+    assert expected in refused("sample", "--system", system, *words.split())
 
 
 def test_evaluate_hands_over_to_the_report(nextscale, tokenizer, tmp_path):

@@ -16,6 +16,7 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli import about, bench, change, draw, run
+from nextscale.cli.methods import explain, take_methods
 from nextscale.cli.options import SHIPPED
 
 HELP = """usage: nextscale COMMAND [options]
@@ -29,6 +30,7 @@ examples:
   nextscale sample --labels "animals-nature,food-drink" --seed 7 --out grid.png --scales scales.png
   nextscale reconstruct dog.png --out out.png
   nextscale inpaint dog.png --box 0.25,0.25,0.75,0.75 --out inpainted.png
+  nextscale sample --with fastvar --with.ratios 0.4,0.5
   nextscale train tokenizer --out runs/tokenizer
 
 commands:
@@ -50,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": run.evaluate,
     "bench": bench.bench,
     "convert": run.convert,
+    "save": run.save,
     "info": about.info,
     "list": about.list_,
     "demo": draw.demo,
@@ -92,6 +95,11 @@ def _dispatch(words: list[str]) -> None:
     elif name == "bench":
         bench.bench(*rest)
     elif name in COMMANDS:
+        rest, methods = take_methods(rest)
+        if methods and {"-h", "--help"} & set(rest):
+            explain(name, methods)
+            return
+        rest += [word for method in methods for word in ("--with", method.word())]
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
         tyro.cli(COMMANDS[name], prog=f"nextscale {name}", args=rest, config=config, use_underscores=False)
     else:

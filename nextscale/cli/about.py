@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import platform
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
+from nextscale.cli.methods import Methods, applies_to, load_changed, recipe_files, summary
 
 PACKAGE = Path(ns.__file__).parent
 
@@ -31,6 +31,7 @@ def info(
     system: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]", help_behavior_hint="(default: none)")
     ] = "",
+    methods: Methods = (),
 ) -> None:
     """Describe a system: classes, sizes, sampling, files, licence; without a name, the installation.
 
@@ -39,7 +40,11 @@ def info(
     Args:
         system: shipped name, folder, or hub name
     """
-    _print_table(_system_facts(system) if system else _installation_facts())
+    if methods and not system:
+        raise ValueError(
+            "info --with needs the name of the system that the method changes; try `nextscale info emoji-64`"
+        )
+    _print_table(_system_facts(system, methods) if system else _installation_facts())
 
 
 def list_() -> None:
@@ -52,9 +57,15 @@ def list_() -> None:
         print(f"  {name:<14} {height}x{width} px, {_millions(system)} parameters, {len(system.classes)} classes")
     if not names:
         print("  none in this installation")
-    print("recipes:")
-    for path in sorted((PACKAGE / "recipes").rglob("[!_]*.py")):
-        print(f"  {path.stem:<14} {_first_line(path)}")
+    changing = {name: kinds for name, path in recipe_files().items() if (kinds := applies_to(path))}
+    print("recipes that build systems:")
+    for name, path in recipe_files().items():
+        if name not in changing:
+            print(f"  {name:<14} {summary(path)}")
+    print("methods that change systems (nextscale sample --with NAME; --with NAME --help explains its options):")
+    for name, kinds in changing.items():
+        print(f"  {name:<14} {summary(recipe_files()[name])}")
+        print(f"  {'':<14} applies to {kinds}")
     from nextscale.published.convert import published_names
 
     print("published models (nextscale convert NAME --to FOLDER):")
@@ -64,14 +75,17 @@ def list_() -> None:
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def _system_facts(name: str) -> Iterable[tuple[str, str]]:
-    system = ns.load(name)
+def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]]:
+    system = load_changed(name, "cpu", methods)
     shipped = ns.shipped()
     folder = shipped.get(name, Path(name))
     recipe = Path(ns.find_recipe(system.recipe).__file__)
     schedule, (height, width) = system.schedule, system.image_size
     yield "system", name
-    yield "recipe", f"{system.recipe}: {_first_line(recipe)}"
+    yield "recipe", f"{system.recipe}: {summary(recipe)}"
+    for change in system.changes:
+        settings = ", ".join(f"{key} {value}" for key, value in change.config.model_dump(mode="json").items())
+        yield "changed by", f"{change.recipe}: {settings}"
     yield "image size", f"{height}x{width} pixels"
     yield "schedule", f"{schedule} ({len(schedule)} scales, {schedule.length} tokens)"
     yield "tokenizer", f"{_millions(system.tokenizer)} parameters"
@@ -149,11 +163,6 @@ def _devices() -> list[str]:
 
     gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
-
-
-def _first_line(path: Path) -> str:
-    """The first line of a module's docstring, without importing it."""
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def _millions(module: Any) -> str:

@@ -125,7 +125,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
         marked = generated_tokens(system, 1, box=where, inside=inside)
     tokens = ns.encode(system, source)
     kept = ns.keep_tokens(tokens, keep_masks(~marked, system.schedule))  # one row, for all images
-    results = generate(system, rows, picking.seed, options, edit=kept)[-1]
+    results = generate(system, rows, picking.seed, options, edit=kept)[-1].images
 
     stride: Any = system.tokenizer.stride
     grey = marked.cpu()[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3)  # [1, 1, H, W]
@@ -136,7 +136,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
         for label in labels
         for text in ("source", "to generate", "reconstruction", *[caption(system, label)] * count)
     ]
-    title = f"{loading.name}, {change.image.name}, seed {picking.seed}, {how}"
+    title = f"{loading.title(system)}, {change.image.name}, seed {picking.seed}, {how}"
     return save_images(torch.cat(tiles), change.out, columns=3 + count, labels=captions, title=title)
 
 

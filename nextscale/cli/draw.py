@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nextscale.contracts import Edit
-    from nextscale.schedule import Schedule
     from nextscale.system import System
 
 BATCH = 64  # images sampled at once; an image does not depend on its batch
@@ -81,11 +81,11 @@ def sample(
     options, how = picking.resolve(system, preset)
     frames = generate(system, rows, picking.seed, options, every_scale=scales is not None)
     captions = [caption(system, label) for label in rows]
-    title = f"{loading.name}, seed {picking.seed}, {how}"
+    title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     if scales:
-        schedule = options.get("schedule") or system.schedule
-        print(_save_scales(schedule, frames, captions, scales, title))
-    print(save_images(frames[-1], out, columns=columns or (count if count > 1 else None), labels=captions, title=title))
+        print(_save_scales(frames, captions, scales, title))
+    columns = columns or (count if count > 1 else None)
+    print(save_images(frames[-1].images, out, columns=columns, labels=captions, title=title))
 
 
 def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading()) -> None:
@@ -108,10 +108,11 @@ def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading())
     options, how = picking.resolve(system)
     frames = generate(system, labels, picking.seed, options, every_scale=True)
     captions = [caption(system, label) for label in labels]
-    title = f"{loading.name}, seed {picking.seed}, {how}"
+    title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     some = slice(0, DEMO_COUNT * DEMO_SCALES, DEMO_COUNT)  # the first image of each label
-    print(_save_scales(system.schedule, [frame[some] for frame in frames], captions[some], scales, title))
-    print(save_images(frames[-1], grid, columns=2 * DEMO_COUNT, labels=captions, title=title))
+    firsts = [Frame(frame.name, frame.images[some]) for frame in frames]
+    print(_save_scales(firsts, captions[some], scales, title))
+    print(save_images(frames[-1].images, grid, columns=2 * DEMO_COUNT, labels=captions, title=title))
 
 
 def reconstruct(
@@ -150,7 +151,7 @@ def reconstruct(
     scores = torch.stack([ns.psnr(step, originals) for step in steps], dim=1).tolist()  # [B, K]
     labels = []
     for path, row in zip(images, scores, strict=True):
-        marks = zip(_scale_names(system.schedule), row, strict=True)
+        marks = zip(map(scale_name, system.schedule.sizes), row, strict=True)
         labels += [path.name, *(f"{name} {score:.1f} dB" for name, score in marks)]
         print(f"{path}  {row[-1]:.2f} dB")
     tiles = torch.stack([originals, *steps], dim=1).flatten(0, 1)
@@ -192,6 +193,14 @@ def caption(system: System, label: Label) -> str:
     return "no class" if label is None else label
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What sampling gives after a step."""
+
+    name: str  # of the scale
+    images: Tensor  # [B, 3, H, W] on the CPU
+
+
 def generate(
     system: System,
     labels: Sequence[Label],
@@ -200,8 +209,8 @@ def generate(
     *,
     edit: Edit | None = None,
     every_scale: bool = False,
-) -> list[Tensor]:
-    """Images [B, 3, H, W] of `ns.sample` after each scale, or of the last one alone: a list of K or of one.
+) -> list[Frame]:
+    """Images of `ns.sample` after each step, or after the last one alone, which are few at a time in the making.
 
     `options`: guidance, pick, and perhaps a schedule.
     """
@@ -209,38 +218,44 @@ def generate(
     from tqdm import tqdm
 
     from nextscale.evaluation.reconstruction import at_size
+    from nextscale.sampling.loop import stepper_of
 
-    tokenizer: Any = system.tokenizer
-    schedule: Any = options.get("schedule") or system.schedule
-    size = [side * tokenizer.stride for side in schedule[-1]]
-    last = len(schedule)
+    stepper, schedule = stepper_of(system), options.get("schedule") or system.schedule
+    stride: Any = system.tokenizer.stride
+    size = [side * stride for side in schedule[-1]]
     starts = range(0, len(labels), BATCH)
-    batches = []
-    with torch.inference_mode(), tqdm(total=last * len(starts), desc="sampling", unit="scale") as bar:
+    batches: list[list[Frame]] = []
+    with tqdm(total=len(schedule) * len(starts), desc="sampling", unit="scale") as bar:
         for first in starts:
             some = labels[first : first + BATCH]
             state = ns.start(system, some, edit=edit, seed=seed + first, **options)
             frames = []
-            while state.k < last:
+            while not stepper.done(system, state):
                 state = ns.step(system, state)
-                if every_scale or state.k == last:
-                    frames.append(at_size(tokenizer.decode(state.f_hat).clamp(-1, 1), size).cpu())
+                if every_scale or stepper.done(system, state):
+                    name = scale_name(schedule[max(state.k, 1) - 1])
+                    frames.append(Frame(name, at_size(ns.finish(system, state), size).cpu()))
                 bar.update()
             batches.append(frames)
-    return [torch.cat(frames) for frames in zip(*batches, strict=True)]
+            bar.total = bar.n + len(schedule) * (len(starts) - len(batches))  # a loop may leave scales out
+    # Where a loop needs fewer steps for some images, these stay as they are.
+    steps = range(max(map(len, batches)))
+    columns = [[frames[min(i, len(frames) - 1)] for frames in batches] for i in steps]
+    return [Frame(frames[-1].name, torch.cat([frame.images for frame in frames])) for frames in columns]
 
 
-def _scale_names(schedule: Schedule) -> list[str]:
-    return [f"{h}x{w}" for h, w in schedule.sizes]
+def scale_name(size: tuple[int, int]) -> str:
+    """What captions call a scale."""
+    return f"{size[0]}x{size[1]}"
 
 
-def _save_scales(schedule: Schedule, frames: Sequence[Tensor], captions: Sequence[str], path: Path, title: str) -> Path:
+def _save_scales(frames: Sequence[Frame], captions: Sequence[str], path: Path, title: str) -> Path:
     """Write a row for each image, a column for each scale."""
     import torch
 
     from nextscale.data.images import save_images
 
-    *names, final = _scale_names(schedule)
+    *names, final = [frame.name for frame in frames]
     labels = [label for text in captions for label in (*names, f"{final} {text}")]
-    tiles = torch.stack(list(frames), dim=1).flatten(0, 1)
+    tiles = torch.stack([frame.images for frame in frames], dim=1).flatten(0, 1)
     return save_images(tiles, path, columns=len(frames), labels=labels, title=title)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import nextscale as ns
+from nextscale.cli.methods import Methods, load_changed
 
 if TYPE_CHECKING:
     from nextscale.system import System
@@ -35,15 +36,16 @@ class Loading:
     """shipped name, folder, or hub name"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps"""
+    methods: Methods = ()
 
-    @property
-    def name(self) -> str:
-        """The system's name in titles."""
-        return Path(self.system or SHIPPED).name
+    def title(self, system: System) -> str:
+        """What pictures of the loaded system call it: its name, and the methods that changed it."""
+        name, changes = Path(self.system or SHIPPED).name, " and ".join(change.recipe for change in system.changes)
+        return f"{name} with {changes}" if changes else name
 
     def load(self) -> System:
-        """The system on the device."""
-        return ns.load(self.system or SHIPPED, device=self.device)
+        """The system on the device, changed by the methods."""
+        return load_changed(self.system or SHIPPED, self.device, self.methods)
 
     def told(self, prompt: Sequence[str]) -> Loading:
         """The same, with the shipped system that reads prompts where there are some and no system was named."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
+from nextscale.cli.methods import Methods, load_changed
 from nextscale.cli.options import SHIPPED, check_device, check_seed, check_writable
 
 
@@ -83,6 +84,7 @@ def evaluate(
     samples: int = 256,
     seed: int = 0,
     device: str = "cpu",
+    methods: Methods = (),
 ) -> None:
     """Judge a system on held-out images: reconstruction, likelihood, samples and how new they are.
 
@@ -105,7 +107,7 @@ def evaluate(
     check_seed(seed)
     check_writable(out / "report.json")
     check_device(device)
-    loaded = ns.load(system, device=device)
+    loaded = load_changed(system, device, methods)
     height, width = loaded.image_size
     if data != "openmoji":
         images: Any = ns.image_folder(data, (height, width), validation=0.1)
@@ -115,6 +117,29 @@ def evaluate(
         raise ValueError(f"openmoji is square, but {system} makes {height}x{width} pixels; give --data FOLDER")
     evaluate(loaded, images, out, samples=samples, seed=seed)
     print(out / "report.md")
+
+
+def save(
+    system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]")] = SHIPPED,
+    to: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None,
+    methods: Methods = (),
+) -> None:
+    """Write a system that methods changed into a folder, which then is a system like any other.
+
+    Try: nextscale save emoji-64 --with fastvar --with.ratios 0.4,0.5 --to systems/fast
+
+    Then: nextscale sample --system systems/fast
+
+    The weights are those of SYSTEM; what was changed stands in config.json. The last line is the folder.
+
+    Args:
+        system: shipped name, folder, or hub name
+        to: folder to write to
+    """
+    if to is None:
+        raise ValueError("save needs --to: the folder to write to")
+    check_writable(to / "config.json")
+    print(ns.save(load_changed(system, "cpu", methods), to))
 
 
 def convert(

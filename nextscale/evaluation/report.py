@@ -115,6 +115,7 @@ def _check_labels(system: System, *tokens: EncodedImages) -> None:
 def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]:
     return {
         "recipe": system.recipe,
+        "changes": [change.recipe for change in system.changes],
         "scales": str(system.schedule),
         "image_size": list(system.image_size),
         "parameters": {
@@ -319,7 +320,7 @@ def _markdown(report: dict[str, Any]) -> str:
     about = report["about"]
     sizes = [_side(row["size"]) for row in report["tokenizer"]]
     lines = [
-        f"# Evaluation of a `{about['recipe']}` system",
+        f"# Evaluation of a `{about['recipe']}` system" + "".join(f" with {name}" for name in about["changes"]),
         "",
         f"{about['image_size'][0]}x{about['image_size'][1]} px, scales {about['scales']}, "
         + ", ".join(f"{name} {count:,} parameters" for name, count in about["parameters"].items())

@@ -240,7 +240,7 @@ class NegativeText(nn.Module):
     def null(self, condition: Condition) -> Condition:
         mask = condition.context_mask
         assert mask is not None
-        negative: Condition = self.conditioner(self.negative.padded(mask.shape[1]))
+        negative: Condition = self.conditioner(self.negative.padded(mask.shape[1]).to(mask.device))
         if len(negative) == len(condition):
             return negative
         return negative.select(torch.zeros(len(condition), dtype=torch.long, device=mask.device))

@@ -75,8 +75,10 @@ PUBLISHED: dict[str, Config] = {
 def apply(system: System, config: Config = Config()) -> System:
     """A system that samples with pruned tokens; it shares all weights with `system`, which stays as it is.
 
-    Raises ValueError if the settings leave no scale or no block to prune from.
+    Raises ValueError if the settings leave no scale or no block to prune from, or if the system is pruned already.
     """
+    if any(change.recipe == "fastvar" for change in system.changes):
+        raise ValueError("this system is pruned already; give all ratios at once, to the system before (`system.base`)")
     model = system.need_model()
     depth, scales = len(model.blocks), len(system.schedule)
     if len(config.ratios) >= scales and any(config.ratios):

@@ -40,8 +40,10 @@ def tiny() -> Config:
 def apply(system: System, config: Config = Config()) -> System:
     """A system whose guidance acts inside its transformer; it shares all weights with `system`, which stays as it is.
 
-    Raises ValueError for a block that it does not have.
+    Raises ValueError for a block that it does not have, or if the branches meet already.
     """
+    if any(change.recipe == "inside" for change in system.changes):
+        raise ValueError("guidance acts inside this system already; its branches meet in one block")
     depth = len(system.need_model().blocks)
     if not -depth <= config.block < depth:
         raise ValueError(f"this model has blocks 0 to {depth - 1}, or -{depth} to -1 from the end, got {config.block}")
