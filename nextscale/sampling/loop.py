@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from nextscale.condition import Condition
 from nextscale.contracts import Edit, Pick, Stepper
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick, pick_at
-from nextscale.sampling.state import Noise, State
+from nextscale.sampling.state import Noise, State, plain_tensors
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System
 from nextscale.tokens import Tokens
@@ -91,14 +90,6 @@ class ScaleByScale:
 
     def finish(self, system: System, state: State) -> Tensor:
         return system.output.finish(system.tokenizer.decode(state.f_hat))
-
-
-@contextmanager
-def plain_tensors() -> Iterator[None]:
-    """No gradients, and ordinary tensors even inside of a caller's `inference_mode`: a state may be stepped outside of it, and
-    tables that are made here may be used in training next."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def stepper_of(system: System) -> Stepper:

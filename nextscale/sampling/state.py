@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,14 @@ from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
 from nextscale.tokens import Tokens, each
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No gradients, and ordinary tensors even inside of a caller's `inference_mode`: a state may be stepped outside of it, and
+    tables that are made here may be used in training next."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class State:
     def __len__(self) -> int:
         return len(self.f_hat)
 
+    @plain_tensors()
     def select(self, rows: Tensor) -> State:
         """Keep, re-order or copy images (int64 [rows']); a copied image continues with a copy of its generator."""
         stacked = torch.cat([rows + b * len(self) for b in range(len(self.branches))])
