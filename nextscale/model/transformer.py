@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from nextscale.model.attention import Cache
 from nextscale.model.block import Block, OwnModulation, plain_norm, replaced
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.schedule import Span
+from nextscale.schedule import Schedule, Span
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         """Everything that depends on the condition alone; call it once an image, not once a scale."""
         head = self.head_modulation(condition.vec)
         if self.shared_modulation is not None:
-            condition = replace(condition, vec=self.shared_modulation(condition.vec))
+            condition = condition.replace(vec=self.shared_modulation(condition.vec))
         return Prepared(condition.start, tuple(block.prepare(condition) for block in self.blocks), head)
 
     def embed(self, inputs: Tensor | None, prepared: Prepared, span: Span) -> Tensor:
@@ -104,6 +104,14 @@ class Transformer(nn.Module):
         """A cache for `rows` sequences of up to `length` tokens."""
         s = self.settings
         return Cache(s.depth, rows, s.num_heads, length, s.dim // s.num_heads, like=self.embed_input.weight)
+
+    def flop(self, schedule: Schedule) -> float:
+        """Floating-point operations of a forward pass for one image, estimated: those of the matrix products in branches,
+        input embedding, head and attention."""
+        parts = [self.embed_input, self.head, *(branch for block in self.blocks for branch in block.branches)]
+        weights = sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+        pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
+        return 2.0 * weights * schedule.length + 4 * pairs * self.settings.dim * len(self.blocks)
 
     def with_blocks(self, blocks: Iterable[nn.Module]) -> Transformer:
         """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""

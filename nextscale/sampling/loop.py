@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 
 import torch
 from torch import Tensor
@@ -177,7 +178,10 @@ def sample(
 
 
 def _generators(seed: int | Sequence[int], batch: int, device: torch.device) -> list[torch.Generator]:
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, Sequence) or getattr(seed, "ndim", None):  # numbers of numpy and torch are taken too
+        seeds = [index(s) for s in seed]  # type: ignore[union-attr]
+    else:
+        seeds = [index(seed) + i for i in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"seed needs one number, or one for each of {batch} images, got {len(seeds)}")
     return [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -185,7 +189,7 @@ def _generators(seed: int | Sequence[int], batch: int, device: torch.device) -> 
 
 def _dropped(condition: Condition, null: Condition, drop: tuple[str, ...]) -> Condition:
     names = condition.parts() if drop == ("all",) else drop
-    everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.vec.device)
+    everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
     return condition.mix(null, dict.fromkeys(names, everywhere))
 
 

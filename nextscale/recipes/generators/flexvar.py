@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from nextscale.model.head import SoftmaxHead
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.readers import ClassReader
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import Generators, Pick, top_k_top_p
@@ -41,7 +42,7 @@ from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
-from nextscale.training.objective import Batch
+from nextscale.training.objective import Batch, NextScale, Wants
 
 # The published lists of sizes for 256 px by their number of steps (`scripts/evaluate_c2i.sh`). Trained models know 10.
 SIZES: dict[int, tuple[int, ...]] = {
@@ -207,13 +208,13 @@ class ResizedPositions(nn.Module):
 # ---- objective: random schedules --------------------------------------------------------------------------------------
 
 
-class RandomSchedules(Settings):
+class RandomSchedules(Settings, NextScale):
     """The objective: teacher forcing on other (square) sizes each step. The defaults are FlexVAR's, for maps of 16x16.
 
     With Python's `random` seeded alike, `draw` gives the lists of the official trainer: it makes the same calls.
     """
 
-    cached: ClassVar[Literal["features"]] = "features"
+    wants: ClassVar[Wants] = "features"
 
     whole: tuple[int, ...] = Field(SIZES[10], min_length=1, description="the list that is used as it is now and then")
     whole_share: float = Field(0.05, ge=0, le=1, description="share of the steps that use it")
@@ -393,7 +394,15 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
     return System(
-        "flexvar", config, config.schedule, tokenizer, transformer, config.classes, config.sampling, config.schedules
+        "flexvar",
+        config,
+        config.schedule,
+        tokenizer,
+        transformer,
+        config.classes,
+        config.sampling,
+        objective=config.schedules,
+        readers={"label": ClassReader(config.classes, config.num_classes)},
     )
 
 

@@ -49,7 +49,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
-from nextscale.training.objective import Batch
+from nextscale.training.objective import Batch, NextScale, Wants
 
 # ---- schedules: 13 scales for each shape ------------------------------------------------------------------------------
 
@@ -97,14 +97,14 @@ def schedule_for(height: int, width: int, budget: str = "1M") -> Schedule:
 # ---- objective: bitwise self-correction -------------------------------------------------------------------------------
 
 
-class SelfCorrection(Settings):
+class SelfCorrection(Settings, NextScale):
     """The objective: bits that enter the sum are flipped at random, and later targets are what is left to do after that,
     so the model learns to repair its own mistakes.
 
     One share of flips is drawn for each scale and batch, a whole percentage from 0 to 100 x `strength`, as published.
     """
 
-    cached: ClassVar[Literal["features"]] = "features"
+    wants: ClassVar[Wants] = "features"
 
     strength: float = Field(0.3, ge=0, le=1, description="largest share of bits that are flipped")
     scales: int | None = Field(
@@ -152,10 +152,11 @@ class SelfCorrection(Settings):
 def with_negative(system: System, prompts: str | Sequence[str]) -> System:
     """The same system, whose guidance leads away from a prompt (or from one each) instead of from no text."""
     model = system.need_model()
-    if system.reader is None:
+    name = next((name for name, reader in system.readers.items() if reader.field == "caption"), None)
+    if name is None:
         raise ValueError("this system is told classes, not texts, so it has no use for a negative prompt")
-    negative = system.reader([prompts] if isinstance(prompts, str) else list(prompts)).to(system.device)
-    return system.with_model(replaced(model, conditioner=NegativeText(model.conditioner, negative)))
+    negative = system.readers[name]([prompts] if isinstance(prompts, str) else list(prompts)).to(system.device)
+    return system.with_model(replaced(model, conditioner=NegativeText(model.conditioner, negative, name)))
 
 
 # ---- the system -------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
         transformer,
         sampling=config.sampling,
         objective=config.objective,
-        reader=reader or config.text.reader(),
+        readers={"caption": reader or config.text.reader()},
     )
 
 

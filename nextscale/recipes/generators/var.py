@@ -23,6 +23,7 @@ from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.readers import ClassReader
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -31,6 +32,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss, TrainConfig
+from nextscale.training.objective import TeacherForcing
 
 
 class Config(Settings):
@@ -104,7 +106,17 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         transformer = build_model(config) if model and config.num_classes else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
-    return System("var", config, config.schedule, tokenizer, transformer, config.classes, config.sampling)
+    return System(
+        "var",
+        config,
+        config.schedule,
+        tokenizer,
+        transformer,
+        config.classes,
+        config.sampling,
+        objective=TeacherForcing(),
+        readers={"label": ClassReader(config.classes, config.num_classes)},
+    )
 
 
 def build_model(config: Config) -> Transformer:
