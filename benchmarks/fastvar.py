@@ -104,7 +104,7 @@ def quality(
         dense_first: first blocks that are not pruned
     """
     loaded = ns.load(system)
-    known = loaded.need_model().conditioner.num_classes
+    known = len(loaded.readers["label"].choices)
     labels = [i % known for i in range(images)]
     variants: dict[str, dict[str, Any]] = {
         "pivotal, cache": {},
@@ -143,7 +143,7 @@ def first_step_loss(dense: ns.System, pruned: ns.System, tokens: list[Tensor], l
         f_hat, loss = pyramid.start(len(labels), schedule), []
         for k, span in enumerate(schedule.steps()):
             inputs = pyramid.next_input(f_hat, k, schedule) if k else None
-            loss.append(model.head.loss(model.hidden(inputs, prepared, span, cache), tokens[k]))
+            loss.append(-model.head.log_prob(model.hidden(inputs, prepared, span, cache), tokens[k]))
             f_hat = pyramid.add(f_hat, tokens[k], k, schedule)
         losses.append(torch.cat(loss[-2:], dim=1).mean())
     return float(losses[1] - losses[0])

@@ -62,7 +62,7 @@ def about(name: str, system: ns.System) -> dict[str, Any]:
 @torch.inference_mode()
 def time_sampling(system: ns.System, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat: all of it, the scale loop (transformer, pick, pyramid), the decoder."""
-    labels = [i % system.need_model().conditioner.num_classes for i in range(batch)]
+    labels = [i % len(system.readers["label"].choices) for i in range(batch)]
     guidance = ns.cfg_ramp(system.sampling.guidance)
     tokens, decode = [], []
     for repeat in range(repeats + 1):

@@ -23,6 +23,7 @@ from torch import Tensor
 import nextscale as ns
 from nextscale.data.images import to_float
 from nextscale.data.transforms import AugmentSettings
+from nextscale.draws import Draws
 from nextscale.encoded import encode_images
 from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
@@ -30,6 +31,7 @@ from nextscale.evaluation.likelihood import (
     evaluate_likelihood,
     frequency_accuracy,
     frequency_cross_entropy,
+    scale_counts,
 )
 from nextscale.evaluation.neighbours import base_groups
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
@@ -91,18 +93,19 @@ def infinity(system: Folder = "emoji-64-text", without: str = "", flips: float =
         share_of_bits_between_0_2_and_0_8=float(((share > 0.2) & (share < 0.8)).float().mean()),
     )
 
-    captions = held_out.values(held_out.labels[:, 0])
+    captions = list(held_out.said()["caption"])
     found = evaluate_likelihood(loaded, held_out.content, captions)
     lengths = torch.tensor(schedule.lengths, dtype=torch.double)
     weights = lengths / lengths.sum()
-    table = frequency_cross_entropy(known.content, held_out.content, 2, schedule)
-    frequent = frequency_accuracy(known.content, held_out.content, 2, schedule)
+    learned, judged = (scale_counts(loaded, images.content) for images in (known, held_out))
+    table = frequency_cross_entropy(learned, judged)
+    frequent = frequency_accuracy(learned, judged)
     report(
         "infinity, likelihood a bit",
-        cross_entropy=found.cross_entropy,
+        cross_entropy=found["cross_entropy"],
         marginal=table,
         below_marginal=1 - found.mean / float(torch.tensor(table, dtype=torch.double) @ weights),
-        accuracy=found.accuracy,
+        accuracy=found["accuracy"],
         marginal_accuracy=frequent,
     )
     gain = condition_gain(loaded, held_out.content, captions, base_groups(data.val)[0])
@@ -139,7 +142,7 @@ def corrected(system: ns.System, features: Tensor, captions: Any, flips: float, 
             encoded = pyramid.encode(content, schedule, corrupt)
             inputs, targets = torch.cat(encoded.inputs, dim=1), torch.cat(encoded.tokens, dim=1)
             h = model.hidden(inputs, model.prepare(system.condition(captions[rows])), schedule.span())
-            sums.append(model.head.loss(h, targets)[:, schedule.ends[scale] :].mean(dim=1))
+            sums.append(model.head.loss(h, targets, Draws(generator, len(h)))[:, schedule.ends[scale] :].mean(dim=1))
         losses[name] = float(torch.cat(sums).mean())
     return losses
 

@@ -109,12 +109,21 @@ class Reader(Protocol):
     """Turns what users or data items say under one name into what the conditioner takes.
 
     field: the key of a data item that says it, `label` or `caption` for example. `field + "s"` may hold several that fit.
+    shape: of the tensors that it reads; None where it reads numbers or texts.
+    choices: all that can be said, where that is a list (class names, or their numbers); else empty.
     """
 
     field: str
+    shape: tuple[int, ...] | None
+
+    @property
+    def choices(self) -> Sequence[str | int]: ...
 
     def __call__(self, values: Sequence[Any]) -> Any:
         """One entry a row; None says nothing. The result has `.to(device)`. Raises ValueError for what it cannot read."""
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Raise ValueError for what it cannot read; cheap."""
 
 
 @runtime_checkable
@@ -262,11 +271,17 @@ class Objective(Protocol):
     @property
     def wants(self) -> Literal["tokens", "features", "items", "nothing"]: ...
 
+    def frozen(self, run: Any) -> dict[str, nn.Module]:
+        """Networks that it needs and does not train, made of the weights from which training starts (also of a run that goes
+        on); they are kept as `run.frozen`."""
+
     def loss(self, run: Any, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss of a part of a batch, and what to log; `run`: the training (`training.generator_task.Run`)."""
+        """The loss of a part of a batch, and what to log; `run`: the training (`training.generator_task.Run`). It may draw
+        samples. All random numbers come from `part.draws`."""
 
     def judge(self, run: Any, data: Any) -> dict[str, float]:
-        """Metrics on held-out data; `loss` among them."""
+        """Metrics on held-out data, `loss` among them: tokens (`EncodedImages`), or items where it wants items; None: there
+        are no data, so none but what it draws itself."""
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """How good these metrics are; higher is better."""

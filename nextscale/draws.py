@@ -53,7 +53,7 @@ class Draws:
 class Part:
     """Some images of a batch, and their random numbers."""
 
-    batch: dict[str, Any]  # entries [rows, ...], tensors or lists
+    batch: dict[str, Any]  # entries [rows, ...]: tensors, lists, named tuples of tensors, or dicts of those
     draws: Draws
 
 
@@ -62,3 +62,17 @@ def normal(shape: Sequence[int], generators: torch.Generator | list[torch.Genera
     if isinstance(generators, torch.Generator):
         return torch.randn(tuple(shape), generator=generators, device=generators.device)
     return torch.stack([torch.randn(tuple(shape[1:]), generator=one, device=one.device) for one in generators])
+
+
+def rows_of(values: Any, rows: int | slice) -> Any:
+    """Some images of an entry of a batch, or one of them."""
+    if isinstance(values, dict):
+        return {name: rows_of(part, rows) for name, part in values.items()}
+    if isinstance(values, tuple):
+        return type(values)(*(part[rows] for part in values))
+    return values[rows]
+
+
+def rows_in(values: Any) -> int:
+    """How many images an entry holds."""
+    return len(values[0]) if isinstance(values, tuple) else len(values)

@@ -1,18 +1,22 @@
-"""Images, encoded once before the generator trains: tokens or features of several augmented views of each.
+"""Images, encoded once before the generator trains: tokens or features of several augmented views of each, and all that is
+told of them.
 
 A cache is a folder of shards, one safetensors file for some thousand images of one view, and an index that is written last.
-EncodedShards that are there are not encoded again, so a process that died goes on, and several processes share the work.
+Shards that are there are not encoded again, so a process that died goes on, and several processes share the work.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,67 +27,171 @@ from tqdm import tqdm
 
 from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
-from nextscale.draws import Draws, generator_for
+from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.files import atomic_write
 from nextscale.processes import Team
+from nextscale.readers import Given, TensorReader
 from nextscale.system import System
+from nextscale.tokens import Tokens, each, joined
 
 SHARD = 4096  # images
 IN_MEMORY = 2**30  # bytes of content; more is read from the files when it is asked for
 INDEX = "index.json"
 
 
-class EncodedImages(Dataset[dict[str, Any]]):
-    """Images as tokens or features: items have `content` and `labels` int64 [n], those that fit the image.
+@dataclass(frozen=True)
+class Choices:
+    """What is said of images by class numbers, or by places in a list of texts: any of the n in a row fits the image."""
 
-    Labels are class numbers or, where there are `texts`, places in that list.
-    """
-
-    def __init__(self, content: Tensor | EncodedShards, labels: Tensor, texts: list[str] | None = None) -> None:
-        self.content: Any = content  # tokens [N, L] (of bits [N, L, d]) or features [N, C, H, W]
-        self.labels = labels  # int32 [N, n]
-        self.texts = texts
+    numbers: Tensor  # int32 [N, n]; -1 where nothing is said
+    texts: Sequence[str] | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.numbers)
+
+    def values(self, numbers: Tensor) -> list[str | int | None]:
+        """What a reader is told for numbers [B]."""
+        known = self.texts
+        return [None if i < 0 else i if known is None else known[i] for i in numbers.tolist()]
+
+
+# Of class numbers and texts, or of tensors in memory or in files.
+Column = Union[Choices, Given, "EncodedShards"]
+
+
+class EncodedImages(Dataset[dict[str, Any]]):
+    """Images as tokens or features, with all that is told of them by the names of the readers.
+
+    Items have `content` (one image's) and `told`: by name int64 [n], or one image's `Given`. Data in files are read when they
+    are asked for.
+    """
+
+    def __init__(self, content: Tokens | EncodedShards, told: Mapping[str, Column]) -> None:
+        self.content = content  # tokens [N, L] (of bits [N, L, d], or several such tensors) or features [N, C, H, W]
+        self.told = dict(told)
+
+    def __len__(self) -> int:
+        return rows_in(self.content)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        content = self.content[index]
+        told = {name: rows_of(_tensors(column), index) for name, column in self.told.items()}
         return {
-            "content": content.long() if content.dtype == torch.int32 else content,
-            "labels": self.labels[index].long(),
+            "content": _wide(rows_of(self.content, index)),
+            "told": {name: _wide(row) for name, row in told.items()},
         }
 
-    def values(self, labels: Tensor) -> Tensor | list[str]:
-        """Class numbers as they are, places as texts; [B]."""
-        return labels if self.texts is None else [self.texts[i] for i in labels.tolist()]
+    def check(self, system: System) -> None:
+        """Raise ValueError if the data say what a reader of the system does not know: other classes, for example."""
+        for name, column in self.told.items():
+            if isinstance(column, Choices):
+                try:
+                    system.readers[name].check(column.values(column.numbers.unique()))
+                except ValueError as error:
+                    raise ValueError(
+                        f"the data say what the model does not know: {error}; build it with more"
+                    ) from None
+
+    def said(self, which: int = 0) -> dict[str, Said]:
+        """What is told of all images, by name, as `system.condition` takes it: the first of those that fit, or another."""
+        return {name: Said(column, which) for name, column in self.told.items()}
+
+    def pick(self, told: Mapping[str, Any], draws: Draws) -> dict[str, list[Any]]:
+        """What is told of the images of a batch: of its `told`, one of those that fit, at random."""
+        picked: dict[str, list[Any]] = {}
+        for name, rows in told.items():
+            column = self.told[name]
+            if isinstance(column, Choices):
+                picked[name] = column.values(rows.gather(1, draws.randint(0, rows.shape[1], 1)).squeeze(1))
+            else:
+                picked[name] = rows.listed()
+        return picked
 
     @staticmethod
-    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch: `content` [B, ...], `labels` [B, n]."""
-        return {name: torch.stack([item[name] for item in items]) for name in ("content", "labels")}
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: `content` [B, ...], `told` by name."""
+        names = items[0]["told"]
+        return {
+            "content": _stacked([item["content"] for item in items]),
+            "told": {name: _stacked([item["told"][name] for item in items]) for name in names},
+        }
+
+
+class Said(Sequence[Any]):
+    """What a column says of each image, as its reader takes it; read when it is asked for."""
+
+    def __init__(self, column: Column, which: int = 0) -> None:
+        self.column = column
+        self.which = which
+
+    def __len__(self) -> int:
+        return rows_in(_tensors(self.column))
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = index if isinstance(index, slice) else slice(index, index + 1)
+        if isinstance(self.column, Choices):
+            numbers = self.column.numbers[rows]
+            values = self.column.values(numbers[:, min(self.which, numbers.shape[1] - 1)])
+        else:
+            values = rows_of(self.column, rows).listed()
+        return values if isinstance(index, slice) else values[0]
 
 
 class EncodedShards:
-    """The content of several files as one; a row is read from its file when it is asked for."""
+    """Tensors of several files as one; rows are read from their files when they are asked for.
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
-        self.paths = list(paths)
-        self.ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    Args:
+        counts: rows in each file.
+        name: of the tensor in the files. With `kind`, a named tuple: of several, `name.field`.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], counts: Sequence[int], name: str, kind: Callable[..., Tokens] | None = None
+    ) -> None:
+        self.paths, self.name, self.kind = list(paths), name, kind
+        self.ends = list(accumulate(counts))
         self._open: dict[int, Any] = {}  # by process, so that workers do not share a file
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Tensor:
-        shard = bisect.bisect_right(self.ends, index)
-        first = self.ends[shard - 1] if shard else 0
+    def __getitem__(self, rows: int | slice) -> Any:
+        if not isinstance(rows, slice):
+            return rows_of(self[rows : rows + 1], 0)
+        first, stop, _ = rows.indices(len(self))
+        parts = []
+        for shard, end in enumerate(self.ends):
+            begin = self.ends[shard - 1] if shard else 0
+            if max(first, begin) < min(stop, end):
+                parts.append(self._read(shard, slice(max(first, begin) - begin, min(stop, end) - begin)))
+        return each(lambda *tensors: torch.cat(tensors), *parts)
+
+    def _read(self, shard: int, rows: slice) -> Any:
         if shard not in self._open:
             self._open[shard] = safe_open(self.paths[shard], framework="pt").__enter__()
-        return self._open[shard].get_slice("content")[index - first]
+        file = self._open[shard]
+        if self.kind is None:
+            return file.get_slice(self.name)[rows]
+        return self.kind(**{part: file.get_slice(f"{self.name}.{part}")[rows] for part in _fields(self.kind)})
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
+
+
+def _tensors(column: Column) -> Any:
+    return column.numbers if isinstance(column, Choices) else column
+
+
+def _wide(tokens: Any) -> Any:
+    """Ids as int64, as models take them; they are kept as int32."""
+    return each(lambda t: t.long() if t.dtype == torch.int32 else t, tokens)
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    return each(lambda *tensors: torch.stack(tensors), *rows)
+
+
+def _fields(kind: Any) -> tuple[str, ...]:
+    return kind._fields
 
 
 def fingerprint(system: System) -> str:
@@ -105,23 +213,30 @@ def encode_images(
     augmentation: AugmentSettings | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    workers: int = 0,
     strict: bool = False,
     team: Team = Team(),
 ) -> EncodedImages:
     """Encode a data set, `views` augmented versions of each image, into a cache (None: memory only).
 
     What a cache already holds of the same tokenizer, data and settings is not encoded again. A cache of others is replaced,
-    or with `strict` refused by ValueError. The processes of `team` share the work.
+    or with `strict` refused by ValueError. Data are the same if they say the same of every image, and sixteen images are equal:
+    a data set that has `said(index)` tells what it says without decoding images; of others every item is read. `workers`
+    processes load images. The processes of `team` share the work.
     """
     count = len(data)  # type: ignore[arg-type]
-    field = "label" if system.reader is None else system.reader.field
     settings = augmentation or AugmentSettings()
     pieces = [(view, first) for view in range(views) for first in range(0, count, SHARD)]
+    _check_told(system, data, augmentation)
+    asked = {name: (reader.field, reader.shape) for name, reader in system.readers.items()}
 
-    def encode(view: int, first: int, bar: Any) -> dict[str, Any]:
+    def encode(view: int, first: int, bar: Any) -> _Shard:
         rows = range(first, min(first + SHARD, count))
-        loader = DataLoader(Subset(data, rows), batch_size=batch_size, collate_fn=collate)
-        parts, values = [], []
+        loader = DataLoader(
+            Subset(data, rows), batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, asked)
+        )
+        parts: list[Any] = []
+        said: dict[str, list[Any]] = {name: [] for name in asked}
         numbers = Draws(generator_for(seed, view, "augment"), count, slice(first, rows.stop)).rand(settings.numbers)
         for batch, drawn in zip(loader, numbers.split(batch_size), strict=True):
             images = batch["image"]
@@ -129,14 +244,11 @@ def encode_images(
                 images = augment(images, system.image_size, batch["mirror_ok"], drawn, augmentation)
             with torch.inference_mode():
                 parts.append(_encoded(system, images.to(system.device), kind))
-            values += [_several(item) for item in batch.get(field + "s", batch[field])]
+            for name, values in batch["said"].items():
+                said[name] += values
             bar.update(len(images))
-        texts = None
-        if isinstance(values[0][0], str):
-            texts = sorted({text for several in values for text in several})
-            place = {text: i for i, text in enumerate(texts)}
-            values = [[place[text] for text in several] for several in values]
-        return {"content": torch.cat(parts), "labels": torch.tensor(values, dtype=torch.int32), "texts": texts}
+        told = {name: _column(said[name], *asked[name]) for name in asked}
+        return _Shard(each(lambda *tensors: torch.cat(tensors), *parts), told)
 
     def progress(images: int) -> Any:
         silent = not team.leads
@@ -148,11 +260,11 @@ def encode_images(
     key = {
         "tokenizer": fingerprint(system),
         "images": f"{count} {_digest(data)}",
+        "told": _told_digest(data, asked, team),
         "views": views,
         "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
         "seed": seed,
         "kind": kind,
-        "field": field,
     }
     if team.leads:
         _refuse(folder, key, strict)
@@ -164,27 +276,99 @@ def encode_images(
     if missing:
         with progress(sum(min(SHARD, count - pieces[i][1]) for i in mine)) as bar:
             for i in mine:
-                shard = encode(*pieces[i], bar)
-                texts = json.dumps(shard.pop("texts"))
-                with atomic_write(paths[i]) as temporary:
-                    save_file(shard, temporary, metadata={"key": json.dumps(key), "texts": texts})
+                encode(*pieces[i], bar).write(paths[i], key)
         team.wait()
     if team.leads and missing:
         with atomic_write(folder / INDEX) as temporary:
             names = [path.name for path in paths]
             temporary.write_text(json.dumps({"key": key, "shards": names}, indent=2) + "\n", encoding="utf-8")
-    return _joined(list(_read(paths)), paths)
+    shapes = {name: shape for name, (_, shape) in asked.items()}
+    token_type = getattr(system.tokenizer.pyramid, "token_type", None) if kind == "tokens" else None
+    small = sum(path.stat().st_size for path in paths) <= IN_MEMORY
+    return _joined([_Shard.read(path, shapes, token_type, small) for path in paths], paths)
 
 
-def _encoded(system: System, images: Tensor, kind: str) -> Tensor:
+def _encoded(system: System, images: Tensor, kind: str) -> Tokens:
     if kind == "features":
         return system.tokenizer.features(images).to("cpu", copy=True)
-    tokens = torch.cat(system.tokenizer.encode(images, system.schedule).tokens, dim=1)
-    return tokens.to("cpu", torch.int32 if tokens.dtype == torch.int64 else tokens.dtype, copy=True)
+    tokens = joined(system.tokenizer.encode(images, system.schedule).tokens)
+    return each(lambda t: t.to("cpu", torch.int32 if t.dtype == torch.int64 else t.dtype, copy=True), tokens)
 
 
-def _several(value: Any) -> list[Any]:
+# ---- what items say ---------------------------------------------------------------------------------------------------
+
+Asked = Mapping[str, tuple[str, tuple[int, ...] | None]]  # by a reader's name: its field and its shape
+
+
+def said_by(item: Mapping[str, Any], field: str, shape: tuple[int, ...] | None) -> Any:
+    """What an item says for a reader: a tensor or None (with a shape), or a list of what fits the image."""
+    if shape is not None:
+        return item.get(field)
+    value = item.get(field + "s", item.get(field))
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _collate(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images and flags of items, and `said`, by the readers' names."""
+    batch = collate([{name: item[name] for name in ("image", "mirror_ok") if name in item} for item in items])
+    return batch | {"said": {name: [said_by(item, *what) for item in items] for name, what in asked.items()}}
+
+
+def _column(values: Sequence[Any], field: str, shape: tuple[int, ...] | None) -> Choices | Given:
+    """What was said of some images, as one."""
+    if shape is not None:
+        return TensorReader(field, shape)(values)
+    if len({len(several) for several in values}) > 1:
+        raise ValueError(f"every item must have as many {field}s as the others; repeat some")
+    flat = [value for several in values for value in several if value is not None]
+    texts = sorted(set(flat)) if any(isinstance(value, str) for value in flat) else None
+    place = None if texts is None else {text: i for i, text in enumerate(texts)}
+    numbers = [[-1 if v is None else index(v) if place is None else place[v] for v in several] for several in values]
+    return Choices(torch.tensor(numbers, dtype=torch.int32), texts)
+
+
+def _check_told(system: System, data: Any, augmentation: AugmentSettings | None) -> None:
+    """Raise ValueError for data that do not say what the system is told first, and for tensors that augmentation would leave
+    behind."""
+    item = data[0]
+    for i, reader in enumerate(system.readers.values()):
+        if i == 0 and reader.field not in item and reader.field + "s" not in item:
+            raise ValueError(
+                f"the data do not say {reader.field!r}, which this system is told; items have {', '.join(item)}"
+            )
+        sizes = (tuple(item["image"].shape[-2:]), system.image_size)
+        moves = augmentation and (
+            augmentation.mirror or augmentation.shift or augmentation.scale or augmentation.crop > 1
+        )
+        if moves and reader.shape is not None and tuple(reader.shape[-2:]) in sizes:
+            raise ValueError(
+                f"augmentation moves the pixels of images, but not those of {reader.field!r}, which are aligned with them; "
+                "turn mirror, shift, scale and crop off"
+            )
+
+
+def _told_digest(data: Any, asked: Asked, team: Team) -> str:
+    """A hash of what is said of every image; the processes share the work."""
+    say = getattr(data, "said", data.__getitem__)
+
+    def digest(first: int) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for i in range(first, min(first + SHARD, len(data))):
+            item = say(i)
+            for what in asked.values():
+                value = said_by(item, *what)
+                if what[1] is None:
+                    found.update(repr([v if v is None or isinstance(v, str) else index(v) for v in value]).encode())
+                else:
+                    found.update(b"" if value is None else torch.as_tensor(value).contiguous().numpy().tobytes())
+                found.update(b"|")
+        return found.hexdigest()
+
+    firsts = range(0, len(data), SHARD)
+    shares = team.gather({first: digest(first) for first in firsts[team.rank :: team.size]})
+    parts = {first: part for share in shares for first, part in share.items()}
+    names = json.dumps({name: field for name, (field, _) in asked.items()})
+    return hashlib.blake2b("".join([names, *(parts[first] for first in firsts)]).encode(), digest_size=16).hexdigest()
 
 
 def _digest(data: Any) -> str:
@@ -193,6 +377,9 @@ def _digest(data: Any) -> str:
     for i in sorted({round(j * (len(data) - 1) / 15) for j in range(16)}):
         digest.update(data[i]["image"].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
 
 
 def _refuse(folder: Path, key: dict[str, Any], strict: bool) -> None:
@@ -220,32 +407,93 @@ def _holds(path: Path, key: dict[str, Any]) -> bool:
     """Whether a shard is whole and was made with the same."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("key", "null")) == key and "labels" in file.keys()  # noqa: SIM118
+            return json.loads((file.metadata() or {}).get("key", "null")) == key
     except (OSError, SafetensorError, ValueError):
         return False
 
 
-def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Labels, texts and sizes of shards; contents too, if all of them fit into memory."""
-    small = sum(path.stat().st_size for path in paths) <= IN_MEMORY
-    for path in paths:
+@dataclass(frozen=True)
+class _Shard:
+    """One file: the content of some images, None if it stays there, and what is told of them."""
+
+    content: Any
+    told: dict[str, Any]
+
+    def write(self, path: Path, key: dict[str, Any]) -> None:
+        tensors, texts = _named("content", self.content), {}
+        for name, column in self.told.items():
+            tensors |= _named(f"told.{name}", _tensors(column))
+            texts[name] = column.texts if isinstance(column, Choices) else None
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"key": json.dumps(key), "texts": json.dumps(texts)})
+
+    @classmethod
+    def read(cls, path: Path, shapes: Mapping[str, Any], token_type: Any, small: bool) -> _Shard:
+        """With `small` all of it; else class numbers and texts alone, and of the others (columns, kinds) how to read them."""
         with safe_open(path, framework="pt") as file:
-            content = file.get_tensor("content") if small else None
             texts = json.loads(file.metadata()["texts"])
-            yield {"content": content, "labels": file.get_tensor("labels"), "texts": texts}
+            whole = "content" in file.keys()  # noqa: SIM118 - no dict
+
+            def tensors(name: str, kind: Any) -> Any:
+                if not small:
+                    return _InFile(kind)
+                if kind is None:
+                    return file.get_tensor(name)
+                return kind(**{part: file.get_tensor(f"{name}.{part}") for part in _fields(kind)})
+
+            told = {
+                name: Choices(file.get_tensor(f"told.{name}"), texts[name])
+                if shape is None
+                else tensors(f"told.{name}", Given)
+                for name, shape in shapes.items()
+            }
+            return cls(tensors("content", None if whole else token_type), told)
 
 
-def _joined(shards: list[dict[str, Any]], paths: Sequence[Path] = ()) -> EncodedImages:
+@dataclass(frozen=True)
+class _InFile:
+    """Stands for tensors that were not read."""
+
+    kind: Any
+
+
+def _named(name: str, tensors: Any) -> dict[str, Tensor]:
+    """Tensors by the names that they have in files."""
+    if isinstance(tensors, Tensor):
+        return {name: tensors.contiguous()}
+    return {f"{name}.{part}": tensor.contiguous() for part, tensor in tensors._asdict().items()}
+
+
+def _joined(shards: Sequence[_Shard], paths: Sequence[Path] = ()) -> EncodedImages:
     """All shards as one; their lists of texts become one list."""
-    texts, labels = None, [shard["labels"] for shard in shards]
-    if shards[0]["texts"] is not None:
-        texts = sorted({text for shard in shards for text in shard["texts"]})
-        place = {text: i for i, text in enumerate(texts)}
-        moved = [torch.tensor([place[text] for text in shard["texts"]], dtype=torch.int32) for shard in shards]
-        labels = [table[part.long()] for table, part in zip(moved, labels, strict=True)]
-    content: Tensor | EncodedShards
-    if shards[0]["content"] is None:
-        content = EncodedShards(paths, [len(part) for part in labels])
-    else:
-        content = torch.cat([shard["content"] for shard in shards])
-    return EncodedImages(content, torch.cat(labels), texts)
+    counts = [_count(path) for path in paths]
+
+    def all_of(name: str, parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], _InFile):
+            return EncodedShards(paths, counts, name, parts[0].kind)
+        return each(lambda *tensors: torch.cat(tensors), *parts)
+
+    told: dict[str, Column] = {}
+    for name, first in shards[0].told.items():
+        columns = [shard.told[name] for shard in shards]
+        told[name] = _merged(columns) if isinstance(first, Choices) else all_of(f"told.{name}", columns)
+    return EncodedImages(all_of("content", [shard.content for shard in shards]), told)
+
+
+def _count(path: Path) -> int:
+    """Rows in a file."""
+    with safe_open(path, framework="pt") as file:
+        name = min(name for name in file.keys() if name.startswith("content"))  # noqa: SIM118 - no dict
+        return file.get_slice(name).get_shape()[0]
+
+
+def _merged(columns: Sequence[Choices]) -> Choices:
+    """Columns behind each other, with one list of texts."""
+    numbers, known = [column.numbers for column in columns], [column.texts for column in columns]
+    if all(texts is None for texts in known):
+        return Choices(torch.cat(numbers))
+    texts = sorted({text for some in known for text in some or ()})
+    place = {text: i for i, text in enumerate(texts)}
+    # The last entry is where -1 points: nothing is said.
+    tables = [torch.tensor([*(place[text] for text in some or ()), -1], dtype=torch.int32) for some in known]
+    return Choices(torch.cat([table[part.long()] for table, part in zip(tables, numbers, strict=True)]), texts)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ class Team:
         if size == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group()  # gloo for tensors on the CPU, and the accelerator's own backend where there is one
+            # gloo for tensors on the CPU, and the accelerator's own backend where there is one. The leader judges, draws and
+            # saves while the others wait, and one may encode for longer than another: that takes what it takes. When a
+            # process dies, torchrun ends the others at once.
+            dist.init_process_group(timeout=timedelta(days=7))
             atexit.register(dist.destroy_process_group)  # else a process aborts more often while its threads still run
         return cls(dist.get_rank(), size)
 

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Output, Stepper
+from nextscale.contracts import Objective, Output, Reader, Sampling, Stepper
 from nextscale.modules import replaced
 from nextscale.output import Images
-from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.tokenizer.pyramid import teacher_inputs
-from nextscale.training.objective import Objective, TeacherForcing
 
-Labels = Sequence[str | int | None] | Tensor | str | int | None
-
-
-class Reader(Protocol):
-    """Turns what a user says of images into what a conditioner takes.
-
-    `field` is the key of a data item that says it: `label` (class numbers) or `caption` (texts).
-    """
-
-    field: str
-
-    def __call__(self, values: Sequence[str | int | None]) -> Any:
-        """One entry an image; None says nothing. The result has `.to(device)`."""
+# What is told of images: class names, class numbers or texts, None for nothing, one entry each; or several such lists by name.
+Labels = Sequence[Any] | Tensor | str | int | None | Mapping[str, Any]
 
 
 # What stays float32 in a system of lower precision: codes and distances between them, logits and their probabilities. A rounded
@@ -77,7 +63,7 @@ class System(nn.Module):
         classes: names of the classes.
         sampling: how it samples by default.
         objective: what the model is trained for.
-        reader: who reads its labels (None: they are names or numbers of classes).
+        readers: who reads what it is told, by name; the first one reads plain labels.
         output: what its decoder makes.
         stepper: its own loop; None: scale by scale.
         parts: further networks by name. They follow `.to(...)` like all others.
@@ -91,10 +77,10 @@ class System(nn.Module):
         tokenizer: nn.Module,
         model: nn.Module | None,
         classes: Sequence[str] = (),
-        sampling: SamplingDefaults = SamplingDefaults(),
-        objective: Objective = TeacherForcing(),
-        reader: Reader | None = None,
         *,
+        sampling: Sampling,
+        objective: Objective,
+        readers: Mapping[str, Reader],
         output: Output = Images(),
         stepper: Stepper | None = None,
         parts: Mapping[str, Part] | None = None,
@@ -110,7 +96,7 @@ class System(nn.Module):
         self.classes = tuple(classes)
         self.sampling = sampling
         self.objective = objective
-        self.reader = reader
+        self.readers = dict(readers)
         self.output, self.stepper = output, stepper
         self.parts = nn.ModuleDict({name: part.module for name, part in (parts or {}).items()})
         self.roles: dict[str, Role] = {name: part.role for name, part in (parts or {}).items()}
@@ -175,39 +161,44 @@ class System(nn.Module):
         return self.model
 
     def condition(self, labels: Labels) -> Condition:
-        """What the model is told by labels (or prompts), one row each."""
-        read = self.reader or self.label_ids
-        return self.need_model().conditioner(read(_listed(labels)).to(self.device))
+        """What the model is told, one row each; `labels` as for `told`."""
+        told = self.told(labels)
+        read = {name: reader(told[name]).to(self.device) for name, reader in self.readers.items()}
+        return self.need_model().conditioner(read)
 
-    def label_ids(self, labels: Labels) -> Tensor:
-        """Class numbers int64 [B] of names, numbers or None (the null class, whose number is `num_classes`)."""
-        num_classes = self.need_model().conditioner.num_classes
-        return torch.tensor([self._label_id(label, num_classes) for label in _listed(labels)], device=self.device)
+    def told(self, labels: Labels, rows: int | None = None) -> dict[str, list[Any]]:
+        """What is said under the name of each reader, one entry a row.
 
-    def _label_id(self, label: str | int | None, num_classes: int) -> int:
-        if label is None:
-            return num_classes
-        if isinstance(label, int):
-            if not 0 <= label <= num_classes:
-                raise ValueError(
-                    f"class numbers go from 0 to {num_classes - 1} ({num_classes} or None: no class), got {label}"
-                )
-            return label
-        if label not in self.classes:
-            if not self.classes:
-                raise ValueError(f"this system has no class names, got {label!r}; use a number below {num_classes}")
-            close = difflib.get_close_matches(label, self.classes, n=3, cutoff=0.4) or self.classes[:3]
+        `labels` are for the first reader, or a mapping by name; names that it leaves out say nothing, and a value alone is for
+        all rows. `rows`: how many there must be. Raises ValueError for unknown names and numbers that do not fit.
+        """
+        self.need_model()
+        given = labels if isinstance(labels, Mapping) else {next(iter(self.readers), "label"): labels}
+        if unknown := [name for name in given if name not in self.readers]:
             raise ValueError(
-                f"unknown label {label!r}; did you mean {' or '.join(map(repr, close))}? "
-                f"`nextscale info` lists all {len(self.classes)}"
+                f"this system is told {' and '.join(map(repr, self.readers)) or 'nothing'}, got {unknown[0]!r}; "
+                "leave it out, or use a system that reads it"
             )
-        return self.classes.index(label)
+        listed = {name: _listed(given.get(name)) for name in self.readers}
+        counts = {name: len(values) for name, values in listed.items() if isinstance(values, list)}
+        count = rows or max(counts.values(), default=1)
+        if any(n != count for n in counts.values()):
+            got = " and ".join(f"{n} ({name})" if len(counts) > 1 else str(n) for name, n in counts.items())
+            more = "; for more results of an image, repeat it: `x.repeat(n, 1, 1, 1)`" if rows else ""
+            raise ValueError(f"expected one label, or one for each of {count} images, got {got}{more}")
+        return {name: values if isinstance(values, list) else [values] * count for name, values in listed.items()}
+
+    def check_told(self, labels: Labels) -> None:
+        """Raise ValueError if a reader cannot read what it is told."""
+        for name, values in self.told(labels).items():
+            self.readers[name].check(values)
 
 
-def _listed(labels: Labels) -> list[str | int | None]:
-    if isinstance(labels, Tensor):
-        return labels.tolist()
-    return [labels] if labels is None or isinstance(labels, str | int) else list(labels)
+def _listed(values: Any) -> Any:
+    """A list with one entry a row, or a value alone; tensors and arrays of numbers become numbers."""
+    if hasattr(values, "tolist") and values.ndim < 2:
+        return values.tolist()
+    return values if values is None or isinstance(values, str | int | float) else list(values)
 
 
 # ---- verbs: images to tokens, tokens to images, tokens to logits ------------------------------------------------------

@@ -122,7 +122,7 @@ class Prefixed(torch.nn.Module):
         condition = self.inner(labels)
         prefix = self.tokens.expand(len(condition), -1, -1)
         mask = torch.arange(len(self.tokens)) < torch.tensor([[3], [2], [1]])[: len(condition)]
-        return dataclasses.replace(condition, prefix=prefix, prefix_mask=mask)
+        return condition.replace({"prefix": mask}, prefix=prefix)
 
 
 @pytest.mark.parametrize("recipe", [var, infinity], ids=["learned positions", "rotary"])
@@ -146,7 +146,7 @@ def test_hidden_states_with_a_prefix(recipe, sight):
             steps.append(model.hidden(own, prepared, span, cache))
             assert torch.equal(looked, steps[-1])
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-4, rtol=0)
-        shorter = dataclasses.replace(prefixed, prefix=prefixed.prefix[:, :1], prefix_mask=prefixed.prefix_mask[:, :1])
+        shorter = prefixed.replace({"prefix": prefixed.masks["prefix"][:, :1]}, prefix=prefixed["prefix"][:, :1])
         last = model.hidden(inputs, model.prepare(shorter), schedule.span(sight=sight))[2]
         torch.testing.assert_close(last, whole[2], atol=1e-4, rtol=0)  # its other two tokens were padding
         assert (

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nextscale.cli import main
+from nextscale.draws import Draws
 from nextscale.recipes.generators import var
 
 
@@ -25,7 +26,9 @@ def test_reference_loop_has_our_loss_and_gradients():
     inputs = torch.randn(3, schedule.length - 1, config.pyramid.code_dim, generator=generator)
     targets = torch.randint(32, (3, schedule.length), generator=generator)
     ours = model.head.loss(
-        model.hidden(inputs, model.prepare(model.conditioner(labels)), schedule.span()), targets
+        model.hidden(inputs, model.prepare(model.conditioner({"label": labels})), schedule.span()),
+        targets,
+        Draws(generator, 3),
     ).mean()
     theirs = F.cross_entropy(other(labels, inputs).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

@@ -17,9 +17,9 @@ from nextscale.data.openmoji import EmojiDataset, EmojiRow
 from nextscale.encoded import encode_images
 from nextscale.evaluation import report as report_module
 from nextscale.evaluation.curves import plot_run, read_metrics
-from nextscale.evaluation.likelihood import frequency_cross_entropy, unigram_entropy
+from nextscale.evaluation.likelihood import frequency_cross_entropy, scale_counts, unigram_entropy
 from nextscale.evaluation.neighbours import base_groups, diversity, nearest, summary
-from nextscale.evaluation.reconstruction import evaluate_tokenizer, psnr
+from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer, psnr
 from nextscale.evaluation.report import evaluate
 from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
@@ -167,12 +167,14 @@ def test_psnr_by_hand() -> None:
 def test_entropies_by_hand() -> None:
     schedule = Schedule.squares(1, 2)
     tokens = torch.tensor([[0, 0, 1, 2, 3], [1, 0, 1, 2, 3]])
-    assert unigram_entropy(tokens, 4, schedule) == pytest.approx([math.log(2), math.log(4)])
+    assert unigram_entropy(code_counts(schedule.split(tokens), 4)) == pytest.approx([math.log(2), math.log(4)])
     known = torch.tensor([[0, 0, 0, 0, 0]])  # counts plus one: 2 of 5; then 5 of 8, for code 0
     expected = [-(math.log(2 / 5) + math.log(1 / 5)) / 2, -(math.log(5 / 8) + 3 * math.log(1 / 8)) / 4]
-    assert frequency_cross_entropy(known, tokens, 4, schedule) == pytest.approx(expected)
+    assert frequency_cross_entropy(
+        *(code_counts(schedule.split(part), 4) for part in (known, tokens))
+    ) == pytest.approx(expected)
     bits = torch.tensor([[[0, 1], [0, 0], [1, 0], [0, 1], [1, 1]]], dtype=torch.uint8)  # [1, 5, 2]: each bit on its own
-    assert unigram_entropy(bits, 2, schedule) == pytest.approx([0, math.log(2)])
+    assert unigram_entropy(code_counts(schedule.split(bits), 2)) == pytest.approx([0, math.log(2)])
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -196,14 +198,12 @@ def test_report_is_consistent(made: tuple[dict, Path], system: System, data: Sim
     found = made[0]
     tokens = encode_images(system, data.val)
     likelihood = found["likelihood"]
-    assert likelihood["unigram_entropy"]["scales"] == unigram_entropy(tokens.content, 32, system.schedule)
+    assert likelihood["unigram_entropy"]["scales"] == unigram_entropy(scale_counts(system, tokens.content))
     for row, entropy in zip(found["tokenizer"], likelihood["unigram_entropy"]["scales"], strict=True):
         assert row["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
         assert row["attainable"] == min(32, 9 * math.prod(row["size"]))
         assert row["psnr"] >= row["psnr_of_mean"] - 1e-4
-    groups, subgroups = (
-        ns.evaluate_likelihood(system, tokens.content, tokens.labels[:, column]).mean for column in (0, 1)
-    )
+    groups, subgroups = (ns.evaluate_likelihood(system, tokens.content, tokens.said(column)).mean for column in (0, 1))
     assert likelihood["model"]["group"]["cross_entropy"]["mean"] == pytest.approx(groups)
     assert likelihood["model"]["subgroup"]["cross_entropy"]["mean"] == pytest.approx(subgroups)
     samples = found["samples"]
@@ -321,4 +321,5 @@ def test_gain_of_the_condition_is_zero_for_a_model_that_does_not_listen():
         condition_gain(system, tokens, labels, torch.zeros(8, dtype=torch.long))
     schedule = system.schedule
     known = torch.tensor([[3] * schedule.length, [3] * schedule.length, [5] * schedule.length])
-    assert frequency_accuracy(known, known, 32, schedule) == pytest.approx([2 / 3] * len(schedule))
+    counts = scale_counts(system, known)
+    assert frequency_accuracy(counts, counts) == pytest.approx([2 / 3] * len(schedule))

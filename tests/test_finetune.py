@@ -34,7 +34,7 @@ def test_relabelled_items_have_the_numbers_of_the_system():
 def test_adapters_start_as_nothing_train_alone_and_are_merged(recipe):
     pytest.importorskip("peft", reason="needs the extra nextscale[lora]")
     system = recipe.build(recipe.tiny(), seed=1)
-    labels = ["cat", "dog"] if system.reader else [0, 1]
+    labels = ["cat", "dog"] if "caption" in system.readers else [0, 1]
     tokens = ns.encode(system, torch.randn(2, 3, *system.image_size).clamp(-1, 1))
     plain, names = ns.logits(system, tokens, labels), set(system.model.state_dict())
     add_lora(system.model, 2)

@@ -14,7 +14,7 @@ from small import parts
 
 import nextscale as ns
 from nextscale.draws import Draws
-from nextscale.encoded import EncodedImages
+from nextscale.encoded import Choices, EncodedImages
 from nextscale.model.positions import ResizedPositions
 from nextscale.published.flexvar_layout import FLEXVAR, MASK, USAGE, VQMODEL
 from nextscale.published.keys import model_key
@@ -416,7 +416,7 @@ def test_training_step(which, smoothing, monkeypatch):
         gradients.update({model_key(n): p.grad.clone() for n, p in s.model.named_parameters()})
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **_: record(*args) or torch.tensor(0.0))
-    data = EncodedImages(features(), labels.view(-1, 1))
+    data = EncodedImages(features(), {"label": Choices(labels.view(-1, 1))})
     loss = GeneratorLoss(drop_condition=0, label_smoothing=smoothing)
     task = GeneratorTask(s, TrainConfig(ema=0), loss, data, None)
     task.module.train()

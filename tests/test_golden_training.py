@@ -7,12 +7,13 @@ from small import parts
 from test_golden import by_scale, numbers, part, quantizer, system, tensors
 
 from nextscale.draws import Draws
-from nextscale.encoded import EncodedImages
+from nextscale.encoded import Choices, EncodedImages
 from nextscale.published.keys import model_key, tokenizer_key
 from nextscale.recipes.generators import var
 from nextscale.training.config import GeneratorLoss, TrainConfig
-from nextscale.training.generator_task import NO_DECAY, GeneratorTask, stage
-from nextscale.training.loop import decay_groups, set_rates
+from nextscale.training.fit import decay_groups, set_rates
+from nextscale.training.generator_task import NO_DECAY, GeneratorTask
+from nextscale.training.objective import stage
 from nextscale.training.rates import learning_rate, weight_decay
 
 # Gradient norms: the same sums in another order; the reference's own recomputation agreed to 2e-6 relative.
@@ -50,9 +51,11 @@ def task_of(which: str, **loss) -> tuple[GeneratorTask, dict]:
     objective = GeneratorLoss(drop_condition=0, **loss)
     labels = torch.tensor(settings["labels"][which]).view(-1, 1)
     tokens = torch.cat(by_scale("tiny_var_io", "idx"), 1)
-    task = GeneratorTask(system(which), config_of(settings), objective, EncodedImages(tokens, labels), None)
+    task = GeneratorTask(
+        system(which), config_of(settings), objective, EncodedImages(tokens, {"label": Choices(labels)}), None
+    )
     task.module.train()
-    return task, {"content": tokens, "labels": labels}
+    return task, {"content": tokens, "told": {"label": labels}}
 
 
 def official_norms(module, values) -> dict[str, float]:
@@ -100,7 +103,7 @@ def test_loss_of_each_token_and_of_each_scale():
         logits = task.module.head(
             task.module.hidden(
                 tensors("tiny_var_io")["var_input"],
-                task.module.prepare(task.module.conditioner(batch["labels"][:, 0])),
+                task.module.prepare(task.module.conditioner({"label": batch["told"]["label"][:, 0]})),
                 task.system.schedule.span(),
             )
         )

@@ -300,9 +300,9 @@ def packed(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("which", "ABP")
 def test_text_condition(which):
     s, io = system(which), part("io", f"{which}.")
-    text, conditioner = s.reader(PROMPTS), s.model.conditioner
+    text, conditioner = s.readers["caption"](PROMPTS), s.model.conditioner
     with torch.no_grad():
-        condition = conditioner(text)
+        condition = conditioner({"caption": text})
         normed = conditioner.norm(text.features)
         k, v = text_room.keys_values(normed, conditioner.pool.kv, conditioner.pool.v_bias, len(conditioner.pool.query))
         prepared = s.model.prepare(condition)
@@ -323,18 +323,22 @@ def test_text_condition(which):
 
 def test_texts_of_very_different_lengths_do_not_disturb_each_other():
     torch.manual_seed(0)
-    conditioner = TextCondition(16, 32, length=64, pool_heads=2)
+    room = TextCondition(16, 32, length=64, pool_heads=2)
     rows = [torch.randn(1, 16), torch.randn(60, 16)]
     block = text_room.ContextBranch(infinity.tiny().transformer, None)
     h = torch.randn(2, 5, 32)
+
+    def conditioner(text):
+        return room({"caption": text})
+
     with torch.no_grad():
         together = conditioner(Text.of(rows))
         asked = block(h, block.prepare(together), Schedule.squares(1).span())
         for i, row in enumerate(rows):
             for condition, everything in (
                 (conditioner(Text.of([row])), together),
-                (conditioner.null(conditioner(Text.of([row]))), conditioner.null(together)),
-                (conditioner(Text.of([row], [True])), conditioner.null(together)),
+                (room.null(conditioner(Text.of([row]))), room.null(together)),
+                (conditioner(Text.of([row], [True])), room.null(together)),
             ):
                 torch.testing.assert_close(everything.vec[i : i + 1], condition.vec, atol=1e-5, rtol=0)
             alone = block(h[i : i + 1], block.prepare(conditioner(Text.of([row]))), Schedule.squares(1).span())

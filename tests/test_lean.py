@@ -105,7 +105,7 @@ def test_a_training_step_keeps_no_activation_twice(recipe):
     hidden = model.blocks[0].branches[-1].layer.fc1.out_features
     span = system.schedule.span()
     inputs = torch.randn(2, span.end - 1, system.tokenizer.pyramid.code_dim)
-    condition = system.condition(["cat", "dog"] if system.reader else [0, 1])
+    condition = system.condition(["cat", "dog"] if "caption" in system.readers else [0, 1])
     kept = []
 
     def keep(tensor):

@@ -144,12 +144,13 @@ def test_modulation_is_computed_once_an_image_and_the_cache_is_static():
 
 def test_labels():
     system = var.build(small(num_classes=3, classes=("cat", "dog", "horse")))
-    assert system.label_ids(["dog", 0, None, 3]).tolist() == [1, 0, 3, 3]
-    assert system.label_ids(None).tolist() == [3]
+    read = system.readers["label"]
+    assert read(system.told(["dog", 0, None, 3])["label"]).tolist() == [1, 0, 3, 3]
+    assert read(system.told(None)["label"]).tolist() == [3]
     with pytest.raises(ValueError, match="did you mean 'dog'"):
-        system.label_ids(["dig"])
+        system.condition(["dig"])
     with pytest.raises(ValueError, match="0 to 2"):
-        system.label_ids([4])
+        system.condition([4])
 
 
 def test_a_tokenizer_alone_says_that_it_cannot_sample():

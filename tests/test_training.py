@@ -17,12 +17,13 @@ from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.processes import Team
 from nextscale.recipes.generators import var
-from nextscale.training import checkpoints, loop
+from nextscale.training import checkpoints
+from nextscale.training import fit as loop
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
+from nextscale.training.fit import Order, decay_groups
 from nextscale.training.generator_task import GeneratorTask
-from nextscale.training.loop import Order, decay_groups
 from nextscale.training.rates import learning_rate
 from nextscale.training.tokenizer_task import TokenizerTask
 
@@ -334,7 +335,7 @@ def test_flop_count_is_that_of_the_matrix_products():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         prepared = model.prepare(system.condition([0]))
         before = counter.get_total_flops()
-        model.head.loss(model.hidden(inputs, prepared, span), tokens)
+        model.head.loss(model.hidden(inputs, prepared, span), tokens, Draws(torch.Generator(), 1))
     # The counter does not know the fused attention of a CPU: 2 products of each query with the keys that it sees.
     pairs = 1 * 1 + 4 * 5 + 9 * 14 + 16 * 30
     expected = 3 * (counter.get_total_flops() - before + 2 * 2 * pairs * 32 * 2)
@@ -556,10 +557,12 @@ def test_token_cache_is_reused_only_for_the_same_tokenizer_and_data(tmp_path, mo
     monkeypatch.setattr(encoded, "SHARD", 10)
     system, options = tiny(), {"views": 2, "augmentation": AugmentSettings(hue=0)}
     first = encode_images(system, DATA, tmp_path, **options)
-    assert first.content.shape == (48, 30) and first.labels.shape == (48, 1)
+    assert first.content.shape == (48, 30) and first.told["label"].numbers.shape == (48, 1)
     plain = encode_images(system, DATA)
     expected = torch.cat(ns.encode(system, torch.stack([item["image"] for item in DATA.items])), dim=1)
-    assert torch.equal(plain.content.long(), expected) and torch.equal(plain.labels, first.labels[:24])
+    assert torch.equal(plain.content.long(), expected) and torch.equal(
+        plain.told["label"].numbers, first.told["label"].numbers[:24]
+    )
     shards = sorted(tmp_path.glob("shard-*.safetensors"))
     assert len(shards) == 6  # three of each view
     stamps = [path.stat().st_mtime_ns for path in shards]
@@ -603,5 +606,6 @@ def test_texts_of_several_shards_become_one_list(monkeypatch):
     whole = encode_images(system, data)
     monkeypatch.setattr(encoded, "SHARD", 2)
     parts = encode_images(system, data)
-    assert parts.texts == whole.texts == sorted({text for item in items for text in item["captions"]})
-    assert parts.values(parts.labels[:, 0]) == words and torch.equal(parts.labels, whole.labels)
+    found, expected = parts.told["caption"], whole.told["caption"]
+    assert found.texts == expected.texts == sorted({text for item in items for text in item["captions"]})
+    assert list(parts.said()["caption"]) == words and torch.equal(found.numbers, expected.numbers)

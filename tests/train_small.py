@@ -19,7 +19,7 @@ import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.processes import end_process
 from nextscale.recipes.generators import var
-from nextscale.training import loop
+from nextscale.training import fit as loop
 from nextscale.training.config import TokenizerLoss, TrainConfig
 
 # No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.

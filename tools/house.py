@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule", "draws"),
     ("system_settings", "aspect"),
     ("contracts",),
-    ("features", "output", "sharded"),
+    ("features", "output", "readers", "sharded"),
     ("processes",),
     ("data", "tokenizer", "model"),
     ("system",),

@@ -94,12 +94,14 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
     else:
         yield "model", f"{_millions(system.model)} parameters"
         yield "sampling", system.sampling.words()
-        if system.reader is not None:
-            yield "told by", f"prompts ({type(system.reader).__name__}): nextscale sample --system {name} --prompt TEXT"
-        else:
-            count = system.need_model().conditioner.num_classes
-            names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"
-            yield f"classes ({count})", names
+        for said, reader in system.readers.items():
+            if reader.field == "caption":
+                yield "told by", f"prompts ({type(reader).__name__}): nextscale sample --system {name} --prompt TEXT"
+            elif count := len(reader.choices):
+                names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"
+                yield f"classes ({count})", names
+            else:
+                yield "told by", f"{said} ({type(reader).__name__})"
     if folder.is_dir():
         yield "folder", str(folder)
         yield "files", ", ".join(f"{path.name} {_size(path)}" for path in sorted(folder.iterdir()) if path.is_file())

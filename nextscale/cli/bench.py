@@ -120,7 +120,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     import torch.nn.functional as F
 
     var = ns.find_recipe("var")
-    from nextscale.training.generator_task import flop_per_image
+    from nextscale.draws import Draws
     from nextscale.training.memory import peak_memory
 
     if threads:
@@ -134,14 +134,15 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     inputs = torch.randn(batch, schedule.length - schedule.lengths[0], config.pyramid.code_dim, generator=generator)
     targets = torch.randint(codes, (batch, schedule.length), generator=generator)
     before = peak_memory("cpu")
+    draws = Draws(generator, batch)
     model: Any
     if who == "ours":
         model = var.build_model(config).train()
         span = schedule.span()
 
         def loss() -> torch.Tensor:
-            h = model.hidden(inputs, model.prepare(model.conditioner(labels)), span)
-            return model.head.loss(h, targets).mean()
+            h = model.hidden(inputs, model.prepare(model.conditioner({"label": labels})), span)
+            return model.head.loss(h, targets, draws).mean()
     else:
         spec = importlib.util.spec_from_file_location("reference", REFERENCE)
         assert spec is not None and spec.loader is not None
@@ -165,7 +166,7 @@ def measure(who: str, shape: str, batch: int, steps: int, threads: int) -> dict[
     return {
         "seconds": min(times),
         "memory_gb": max(memory, 1e-3),
-        "gflop": batch * flop_per_image(counted, schedule) / 1e9,
+        "gflop": batch * 3 * counted.flop(schedule) / 1e9,
         "tokens": batch * schedule.length,
         "peak_gflops": matrix_peak(),
         "convolution_gflops": convolution_peak(),

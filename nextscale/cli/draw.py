@@ -163,18 +163,20 @@ def reconstruct(
 
 def read_labels(system: System, text: str, prompt: Sequence[str] = (), *, most: int = 8) -> list[Label]:
     """What the user wrote as labels or prompts that the system takes; nothing means the first `most` classes."""
-    if (system.reader is not None) != bool(prompt) or (prompt and text.strip()):
-        takes, other = ("--prompt", "--labels") if system.reader is not None else ("--labels", "--prompt")
+    system.need_model()
+    reader = next(iter(system.readers.values()))
+    reads_texts = reader.field == "caption"
+    if reads_texts != bool(prompt) or (prompt and text.strip()):
+        takes, other = ("--prompt", "--labels") if reads_texts else ("--labels", "--prompt")
         raise ValueError(f"this system is told what to draw by {takes}, not by {other}; `nextscale list` names others")
     if prompt:
         return list(prompt)
-    num_classes = system.need_model().conditioner.num_classes
     if not text.strip():
-        return [*(system.classes or range(num_classes))][:most]
+        return list(reader.choices[:most])
     labels = [_label(system, word.strip()) for word in text.split(",") if word.strip()]
     if not labels:
         raise ValueError(f"--labels needs names or numbers with commas between, got {text!r}")
-    system.label_ids(labels)  # raises for those that it does not have
+    reader.check(labels)
     return labels
 
 

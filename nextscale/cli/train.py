@@ -173,14 +173,14 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         items = training.train
         if init_from:
             system = base
-            if system.reader is None:
+            if "classes" in type(system.config).model_fields:  # told by class, so the data says which there are
                 system = with_classes(base, training.classes)
                 numbers = [system.classes.index(name) for name in training.classes]
                 items, held_out = Relabelled(items, numbers), Relabelled(held_out, numbers)
         else:
             changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
-            if "classes" in type(base.config).model_fields:  # told by class, so the data says which there are
+            if "classes" in type(base.config).model_fields:
                 changes |= {"classes": training.classes, "num_classes": len(training.classes)}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
             system = module.build(config, seed=train.seed)
@@ -213,6 +213,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
         oversample: int = 2 if drawings else 1,
         views: int = 8,
         seed: int = 0,
+        workers: int = 0,
         device: str = "cpu",
         augmentation: AugmentSettings = AugmentSettings() if drawings else PHOTOS,
     ) -> None:
@@ -231,6 +232,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             oversample: as for train generator
             views: augmented versions of each image
             seed: of the augmentation, that of the generator's training
+            workers: processes that load images; 0: the main one
             device: cpu, cuda, cuda:1, mps
             augmentation: as for train generator
         """
@@ -245,7 +247,9 @@ def encode_command(drawings: bool) -> Callable[..., None]:
         team = Team.of_environment()
         system = trained(tokenizer, recipe).to(team.own_device(device))
         training = load_data(data, system, oversample, augmentation)[0].train
-        kind = system.objective.cached
+        kind = system.objective.wants
+        if kind not in ("tokens", "features"):
+            raise ValueError(f"the objective of this system wants {kind}, so there is nothing to encode")
         encoded = encode_images(
             system,
             training,
@@ -254,6 +258,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             views=views,
             augmentation=augmentation,
             seed=seed,
+            workers=workers,
             strict=True,
             team=team,
         )

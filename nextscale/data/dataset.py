@@ -6,6 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.data.images import Size, height_width
@@ -14,7 +15,10 @@ D = TypeVar("D", bound="ImageDataset")
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Images of one size and number of channels; `whole`: not cropped, so as large as they must be to cover the size."""
+    """Images of one size and number of channels; `whole`: not cropped, so as large as they must be to cover the size.
+
+    `said(index)` is an item without its image, which is not decoded.
+    """
 
     def __init__(self, size: Size, channels: int, whole: bool) -> None:
         self.size, self.channels, self.whole = height_width(size), channels, whole
@@ -25,6 +29,28 @@ class ImageDataset(Dataset[dict[str, Any]]):
         vars(other).pop("images", None)  # what was kept has the old size
         ImageDataset.__init__(other, size, self.channels, whole=False)
         return other
+
+
+class Pictures:
+    """The images of a data set as if they were one tensor [N, C, H, W]; they are read when they are asked for."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.shape = (len(data), *data[0]["image"].shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Float [rows, C, H, W] in [-1, 1]; `rows`: a slice, or int64 [rows]."""
+        chosen = range(*rows.indices(len(self))) if isinstance(rows, slice) else rows.tolist()
+        return torch.stack([self.data[i]["image"] for i in chosen])
+
+
+def pictures(data: Any) -> Tensor | Pictures:
+    """All images of a data set: those that it keeps as one tensor, or `Pictures`."""
+    kept = getattr(data, "images", None)
+    return Pictures(data) if kept is None else kept
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -48,9 +48,12 @@ class FolderDataset(ImageDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
+        image = to_float(read_image_file(self.paths[index], self.size, self.channels, whole=self.whole))
+        return {"image": image, **self.said(index)}
+
+    def said(self, index: int) -> dict[str, Any]:
         path, label = self.paths[index], self.numbers[index]
         return {
-            "image": to_float(read_image_file(path, self.size, self.channels, whole=self.whole)),
             "label": label,
             "labels": (label,),
             "caption": path.stem,

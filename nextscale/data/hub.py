@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,20 @@ class HubDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
-        label = 0 if self.label is None else int(row[self.label])
         image = decode_image(row[self.image], self.size, f"row {index}", self.channels, whole=self.whole)
+        return {"image": to_float(image), **self._said(row)}
+
+    def said(self, index: int) -> dict[str, Any]:
+        return self._said(self._words[int(index)])
+
+    @cached_property
+    def _words(self) -> Any:
+        """The rows without their images."""
+        return self.rows.remove_columns([self.image])
+
+    def _said(self, row: Any) -> dict[str, Any]:
+        label = 0 if self.label is None else int(row[self.label])
         return {
-            "image": to_float(image),
             "label": label,
             "labels": (label,),
             "caption": "" if self.caption is None else str(row[self.caption]),

@@ -78,7 +78,8 @@ class EmojiDataset(Dataset[dict[str, Any]]):
     """Drawings as a map-style dataset.
 
     An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number of the group), `labels` (numbers of the
-    group and the subgroup), `caption`, `captions` (see `captions_of`), `tags`, `hexcode`, `group`, `subgroup`, `mirror_ok`.
+    group and the subgroup), `caption`, `captions` (see `captions_of`), `tags`, `hexcode`, `base`, `group`, `subgroup`,
+    `mirror_ok`.
     Attributes: `images` uint8 [N, 3, H, W], `rows`, `classes`, `mirror_ok` bool [N].
     """
 
@@ -101,15 +102,19 @@ class EmojiDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} drawings")
+        return {"image": to_float(self.images[index]), **self.said(index)}
+
+    def said(self, index: int) -> dict[str, Any]:
+        """An item without its image."""
         row = self.rows[index]
         return {
-            "image": to_float(self.images[index]),
             "label": self.labels[index][0],
             "labels": self.labels[index],
             "caption": row.caption,
             "captions": captions_of(row),
             "tags": row.tags,
             "hexcode": row.hexcode,
+            "base": row.base,
             "group": row.group,
             "subgroup": row.subgroup,
             "mirror_ok": bool(self.mirror_ok[index]),

@@ -62,9 +62,13 @@ class ShardDataset(ImageDataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         place = self.places[index]
-        image, source = _file(self.paths, place)
+        file, source = _file(self.paths, place)
+        image = to_float(decode_image(file, self.size, source, self.channels, whole=self.whole))
+        return {"image": image, **self.said(index)}
+
+    def said(self, index: int) -> dict[str, Any]:
+        place = self.places[index]
         return {
-            "image": to_float(decode_image(image, self.size, source, self.channels, whole=self.whole)),
             "label": place.label,
             "labels": (place.label,),
             "caption": place.caption,

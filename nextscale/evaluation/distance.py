@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nextscale.data.dataset import Pictures
 from nextscale.data.images import on_white, to_float
 from nextscale.features import Lite0
 
 
 @torch.no_grad()
-def lite0_features(images: Tensor, network: Lite0 | None = None, batch_size: int = 256) -> Tensor:
+def lite0_features(images: Tensor | Pictures, network: Lite0 | None = None, batch_size: int = 256) -> Tensor:
     """Pooled features [N, 1280] of images [N, C, H, W] (1, 3 or 4 channels), float in [-1, 1] or uint8."""
     network = network or Lite0()
-    parts = images.split(batch_size)
+    parts = (images[first : first + batch_size] for first in range(0, len(images), batch_size))
     return torch.cat([network.pooled(on_white(to_float(part))) for part in parts])
 
 

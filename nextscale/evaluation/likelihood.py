@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
+from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.evaluation.reconstruction import code_counts
-from nextscale.schedule import Schedule
-from nextscale.system import System, teacher_logits
+from nextscale.system import Labels, System
+from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.tokens import Tokens, each, split
+
+if TYPE_CHECKING:
+    from nextscale.encoded import EncodedShards
+
+Rows = Union[Tokens, "EncodedShards"]  # [N, ...], in memory or in files
 
 
 @dataclass(frozen=True)
 class LikelihoodReport:
-    """One entry a scale; cross-entropies in nats a token."""
+    """The head's measures by name, one entry a scale. Of softmax and bits: `cross_entropy` in nats a token, and `accuracy` of
+    the most likely token, or bit, 0 to 1."""
 
-    cross_entropy: list[float]
-    accuracy: list[float]  # of the most likely token, or bit, 0 to 1
+    measures: dict[str, list[float]]
     lengths: tuple[int, ...]
+
+    def __getitem__(self, name: str) -> list[float]:
+        return self.measures[name]
 
     @property
     def mean(self) -> float:
-        """Cross-entropy over all tokens."""
-        return sum(ce * n for ce, n in zip(self.cross_entropy, self.lengths, strict=True)) / sum(self.lengths)
+        """The first measure, the loss, over all tokens."""
+        loss = next(iter(self.measures.values()))
+        return sum(value * n for value, n in zip(loss, self.lengths, strict=True)) / sum(self.lengths)
 
     def metrics(self) -> dict[str, float]:
         """Flat names for the log."""
-        named = {"cross_entropy": self.cross_entropy, "accuracy": self.accuracy}
-        return {"loss": self.mean} | {f"{n}/{k}": v for n, values in named.items() for k, v in enumerate(values)}
+        named = self.measures.items()
+        return {"loss": self.mean} | {f"{n}/{k}": v for n, values in named for k, v in enumerate(values)}
 
 
 @torch.no_grad()
 def evaluate_likelihood(
-    system: System, tokens: Tensor, labels: Tensor | Sequence[str], batch_size: int = 64
+    system: System, tokens: Rows, labels: Labels, batch_size: int = 64, *, seed: int = 0
 ) -> LikelihoodReport:
-    """Teacher-forced cross-entropy and accuracy of tokens [N, L] (of bits [N, L, d]) under labels or prompts [N]."""
-    scored = [_score(system, *batch) for batch in _batches(tokens, labels, batch_size)]
-    losses, hits = (torch.cat(parts).double().mean(dim=0) for parts in zip(*scored, strict=True))
-    return LikelihoodReport(losses.tolist(), hits.tolist(), system.schedule.lengths)
+    """Teacher-forced measures of tokens [N, L] (of bits [N, L, d]) under what is told of them, N labels or prompts, or several
+    such lists by name. Heads that need random numbers draw them from the seed: the same ones each time."""
+    scored = [_score(system, *batch, seed) for batch in _batches(system, tokens, labels, batch_size)]
+    measures = {name: torch.cat([part[name] for part in scored]).double().mean(dim=0).tolist() for name in scored[0]}
+    return LikelihoodReport(measures, system.schedule.lengths)
 
 
 @dataclass(frozen=True)
 class ConditionGain:
-    """What the right label or caption is worth: nats a token that another image's costs more, at each scale and over all.
+    """What the right label or caption is worth: how much more of the loss (nats a token) another image's costs, at each scale
+    and over all.
 
     The mean of all tokens comes with its standard error over groups of images (variants of one drawing count as one).
     """
@@ -58,8 +72,8 @@ class ConditionGain:
 @torch.no_grad()
 def condition_gain(
     system: System,
-    tokens: Tensor,
-    labels: Tensor | Sequence[str],
+    tokens: Rows,
+    labels: Labels,
     groups: Tensor,
     *,
     seed: int = 0,
@@ -70,12 +84,15 @@ def condition_gain(
 
     Raises ValueError if all images are of one group.
     """
-    other = _derangement(groups, torch.Generator().manual_seed(seed))
-    wrong = labels[other] if isinstance(labels, Tensor) else [labels[i] for i in other.tolist()]
-    right_losses, wrong_losses = (
-        torch.cat([_score(system, *batch)[0] for batch in _batches(tokens, told, batch_size)]).double()
-        for told in (labels, wrong)
-    )
+    other = _derangement(groups, torch.Generator().manual_seed(seed)).tolist()
+    named = _named(system, labels)
+    wrong = {name: [values[i] for i in other] for name, values in named.items()}
+
+    def losses(told: Labels) -> Tensor:
+        scored = [_score(system, *batch, seed) for batch in _batches(system, tokens, told, batch_size)]
+        return torch.cat([next(iter(measures.values())) for measures in scored]).double()  # [N, K]
+
+    right_losses, wrong_losses = losses(named), losses(wrong)
     gain = wrong_losses - right_losses  # [N, K]
     share = torch.tensor(system.schedule.lengths, dtype=torch.double) / system.schedule.length
     _, place = groups.unique(return_inverse=True)
@@ -101,56 +118,77 @@ def _derangement(groups: Tensor, generator: torch.Generator) -> Tensor:
     return other
 
 
+def _named(system: System, labels: Labels) -> Mapping[str, Sequence[Any]]:
+    """What is told by name; a mapping as it is, since it may be read from files row by row."""
+    return labels if isinstance(labels, Mapping) else system.told(labels)
+
+
 def _batches(
-    tokens: Tensor, labels: Tensor | Sequence[str], batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | Sequence[str]]]:
-    for first in range(0, len(tokens), batch_size):
+    system: System, tokens: Rows, labels: Labels, batch_size: int
+) -> Iterator[tuple[Tokens, dict[str, Sequence[Any]], int]]:
+    """Tokens, what is told of them, and the number of the first one."""
+    named = _named(system, labels)
+    for first in range(0, rows_in(tokens), batch_size):
         rows = slice(first, first + batch_size)
-        yield tokens[rows], labels[rows]
+        yield rows_of(tokens, rows), {name: values[rows] for name, values in named.items()}, first
 
 
-def _score(system: System, tokens: Tensor, labels: Tensor | Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Mean loss and accuracy of each image at each scale, [B, K] each."""
+def _score(
+    system: System, tokens: Tokens, told: Mapping[str, Sequence[Any]], first: int, seed: int
+) -> dict[str, Tensor]:
+    """The measures of each image at each scale, [B, K] each, the loss first."""
     schedule, model = system.schedule, system.need_model()
-    targets = tokens.to(system.device)
-    targets = targets.long() if targets.dtype == torch.int32 else targets
-    logits = teacher_logits(system, schedule.split(targets), system.condition(labels), schedule)
-    losses = model.head.loss_of(logits, targets).cpu()  # [B, L]
-    right = (logits.argmax(dim=-1) == targets).float().cpu()
-    right = right.flatten(2).mean(dim=2) if right.ndim > 2 else right  # of bits: their share
-    by_scale = [torch.stack([part.mean(dim=1) for part in schedule.split(values)], dim=1) for values in (losses, right)]
-    return by_scale[0], by_scale[1]
+    targets: Any = each(lambda t: t.to(system.device, torch.int64 if t.dtype == torch.int32 else t.dtype), tokens)
+    inputs = teacher_inputs(system.tokenizer.pyramid, split(targets, schedule.lengths), schedule)
+    draws = Draws(generator_for(seed, first, "validation"), rows_in(targets))
+    h = model.hidden(inputs, model.prepare(system.condition(told)), schedule.span())
+    return {
+        name: torch.stack([part.mean(dim=1) for part in schedule.split(values.cpu())], dim=1)
+        for name, values in model.head.judge(h, targets, draws).items()
+    }
 
 
-def unigram_entropy(tokens: Tensor, codes: int, schedule: Schedule) -> list[float]:
-    """Entropy in nats of the codes' frequencies at each scale, of tokens [N, L]; of bits [N, L, d] the mean over the d.
+def scale_counts(system: System, tokens: Rows, batch_size: int = 4096) -> list[Tensor]:
+    """How often each code occurs at each scale of tokens [N, L], float64 [1, V]; of bits [N, L, d] each bit on its own,
+    [d, 2]. Of several tensors, those that the pyramid counts."""
+    pyramid, totals = system.tokenizer.pyramid, None
+    for first in range(0, rows_in(tokens), batch_size):
+        some = rows_of(tokens, slice(first, first + batch_size))
+        ids = some if isinstance(some, Tensor) else pyramid.choices(some)
+        counts = code_counts(system.schedule.split(ids), pyramid.codes)
+        totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
+    if totals is None:
+        raise ValueError("there are no tokens; nothing can be counted")
+    return totals
+
+
+def unigram_entropy(counts: Sequence[Tensor]) -> list[float]:
+    """Entropy in nats of the codes' frequencies at each scale (see `scale_counts`); of bits the mean over the d.
 
     The frequencies are those of the very tokens that are judged, so no table can do better on them: this is the lowest
     cross-entropy of any predictor that knows the scale alone.
     """
-    shares = [counts / counts.sum(dim=1, keepdim=True) for counts in code_counts(schedule.split(tokens), codes)]
+    shares = [count / count.sum(dim=1, keepdim=True) for count in counts]
     return [float(torch.special.entr(share).sum(dim=1).mean()) for share in shares]
 
 
-def frequency_cross_entropy(known: Tensor, tokens: Tensor, codes: int, schedule: Schedule) -> list[float]:
-    """Cross-entropy in nats of tokens [N, L] under the codes' frequencies at each scale in `known` tokens [M, L].
+def frequency_cross_entropy(known: Sequence[Tensor], judged: Sequence[Tensor]) -> list[float]:
+    """Cross-entropy in nats of tokens under the codes' frequencies at each scale in `known` ones, of the counts of both.
 
     What a table learned from the training tokens reaches on held-out ones; one is added to every count, since a code
     may not have occurred.
     """
     entropies = []
-    learned, judged = (code_counts(schedule.split(part), codes) for part in (known, tokens))
-    for counts, seen in zip(learned, judged, strict=True):
+    for counts, seen in zip(known, judged, strict=True):
         logs = ((counts + 1) / (counts + 1).sum(dim=1, keepdim=True)).log()
         entropies.append(float(-(logs * seen).sum() / seen.sum()))
     return entropies
 
 
-def frequency_accuracy(known: Tensor, tokens: Tensor, codes: int, schedule: Schedule) -> list[float]:
-    """How often the most frequent code of each scale in `known` tokens [M, L] is right for tokens [N, L], 0 to 1; of bits
-    the mean over them."""
-    learned, judged = (code_counts(schedule.split(part), codes) for part in (known, tokens))
+def frequency_accuracy(known: Sequence[Tensor], judged: Sequence[Tensor]) -> list[float]:
+    """How often the most frequent code of each scale in `known` tokens is right for others, 0 to 1, of the counts of both; of
+    bits the mean over them."""
     hits = [
-        seen.gather(1, counts.argmax(dim=1, keepdim=True)).sum() for counts, seen in zip(learned, judged, strict=True)
+        seen.gather(1, counts.argmax(dim=1, keepdim=True)).sum() for counts, seen in zip(known, judged, strict=True)
     ]
     return [float(hit / seen.sum()) for hit, seen in zip(hits, judged, strict=True)]

@@ -7,6 +7,7 @@ shifts and mirrors: a moved copy counts as new.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nextscale.data.dataset import Pictures
 from nextscale.data.images import to_float
 
 CHUNK_VALUES = 2**23  # floats of a chunk of images: 32 MiB
@@ -39,8 +41,8 @@ class Diversity(NamedTuple):
 
 @torch.no_grad()
 def nearest(
-    images: Tensor,
-    training: Tensor,
+    images: Tensor | Pictures,
+    training: Tensor | Pictures,
     *,
     groups: Tensor | None = None,
     own: Tensor | None = None,
@@ -53,7 +55,8 @@ def nearest(
 
     Args:
         images: [B, 3, H, W], float in [-1, 1] or uint8.
-        training: uint8 [N, 3, H, W] of the same size.
+        training: [N, 3, H, W] of the same size, float in [-1, 1] or uint8. Of `Pictures`, which are read again for each
+            chunk of images, both may have more than fit into memory.
         groups: int64 [N], the group of each training image.
         own: int64 [B], the group of each image; training images of that group are passed over.
 
@@ -66,16 +69,17 @@ def nearest(
         )
     if own is not None and (groups is None or bool((groups == groups[0]).all() & (own == groups[0]).any())):
         raise ValueError("own needs groups, and at least one training image of another group than the image's own")
-    images = images.cpu()
-    chunk = max(1, CHUNK_VALUES // images[0].numel())
+    chunk = max(1, CHUNK_VALUES // math.prod(images.shape[1:]))
     found = [
-        _nearest(images[i : i + chunk], training, groups, None if own is None else own[i : i + chunk], chunk)
+        _nearest(images[i : i + chunk].cpu(), training, groups, None if own is None else own[i : i + chunk], chunk)
         for i in tqdm(range(0, len(images), chunk), desc="neighbours", disable=not progress, leave=False)
     ]
     return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _nearest(images: Tensor, training: Tensor, groups: Tensor | None, own: Tensor | None, chunk: int) -> Nearest:
+def _nearest(
+    images: Tensor, training: Tensor | Pictures, groups: Tensor | None, own: Tensor | None, chunk: int
+) -> Nearest:
     rows = _rows(images)  # [b, D]
     # Moving all images by the same amount keeps the distances; near the origin the product loses fewer digits.
     centre = rows.mean(dim=0)
@@ -110,11 +114,12 @@ def diversity(images: Tensor, threshold: float = NEAR_COPY) -> Diversity:
 def base_groups(data: Any) -> tuple[Tensor, list[str]]:
     """The group of each image of a data set, int64 [N], and the names of the groups.
 
-    Rows with a `base` (`EmojiDataset`) belong to the group of that name: a drawing with its skin tones and other
+    Items with a `base` (`EmojiDataset`) belong to the group of that name: a drawing with its skin tones and other
     variants. Images of any other data set are groups of their own.
     """
-    rows = getattr(data, "rows", None)
-    keys = [row.base for row in rows] if rows is not None else [str(i) for i in range(len(data))]
+    said = getattr(data, "said", data.__getitem__)
+    known = "base" in data[0] if len(data) else False
+    keys = [str(said(i)["base"] if known else i) for i in range(len(data))]
     number = {name: i for i, name in enumerate(dict.fromkeys(keys))}
     return torch.tensor([number[key] for key in keys], dtype=torch.long), list(number)
 

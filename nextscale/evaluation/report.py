@@ -21,14 +21,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import nextscale
+from nextscale.data.dataset import pictures
 from nextscale.data.images import save_images
-from nextscale.encoded import EncodedImages, encode_images
+from nextscale.encoded import Choices, EncodedImages, encode_images
 from nextscale.evaluation.distance import kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
     evaluate_likelihood,
     frequency_accuracy,
     frequency_cross_entropy,
+    scale_counts,
     unigram_entropy,
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
@@ -76,7 +78,8 @@ def evaluate(
     _save_reconstructions(system, data.val, out / "reconstructions.png")
     if system.model is not None:
         training, held_out = encode_images(system, data.train), encode_images(system, data.val)
-        _check_labels(system, training, held_out)
+        training.check(system)
+        held_out.check(system)
         report["likelihood"] = _likelihood(system, training, held_out, base_groups(data.val)[0])
         report["samples"] = _samples(system, data, training, samples, seed, out, progress)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
@@ -102,14 +105,6 @@ def _check(system: System, data: Any, samples: int) -> None:
             f"({', '.join(system.classes[:3])}, ...), got {len(data.classes)} ({', '.join(data.classes[:3])}, ...); "
             "use the data it was trained on"
         )
-
-
-def _check_labels(system: System, *tokens: EncodedImages) -> None:
-    if tokens[0].texts is not None:
-        return
-    num_classes, most = system.need_model().conditioner.num_classes, max(int(part.labels.max()) for part in tokens)
-    if most >= num_classes:
-        raise ValueError(f"the data has class number {most}, but the model knows 0 to {num_classes - 1}")
 
 
 def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]:
@@ -188,32 +183,33 @@ def _reconstructions(system: System, val: Dataset) -> Tensor:
 
 def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages, groups: Tensor) -> dict[str, Any]:
     """Nats a token on the validation tokens: two tables of frequencies, then the model under each kind of label."""
-    schedule, codes = system.schedule, system.tokenizer.pyramid.codes
-    frequent = frequency_accuracy(training.content, held_out.content, codes, schedule)
-    result: dict[str, Any] = {
-        "unigram_entropy": _with_mean(unigram_entropy(held_out.content, codes, schedule), schedule),
-        "training_frequencies": _with_mean(
-            frequency_cross_entropy(training.content, held_out.content, codes, schedule), schedule
-        ),
-        "frequency_accuracy": _with_mean(frequent, schedule),
-        "model": {},
-    }
-    kinds = held_out.labels.shape[1]
-    names = {1: ["label"], 2: ["group", "subgroup"]}.get(kinds, [f"label {i}" for i in range(kinds)])
-    if held_out.texts is not None:
-        names = {1: ["caption"], 3: ["name", "name and groups", "groups"]}.get(
-            kinds, [f"text {i}" for i in range(kinds)]
-        )
-    for i, name in enumerate(names):
-        labels = held_out.values(held_out.labels[:, i])
-        found = evaluate_likelihood(system, held_out.content, labels, BATCH)
-        gain = condition_gain(system, held_out.content, labels, groups) if len(groups.unique()) > 1 else None
-        result["model"][name] = {
-            "gain": gain and asdict(gain),
-            "cross_entropy": _with_mean(found.cross_entropy, schedule),
-            "accuracy": _with_mean(found.accuracy, schedule),
-        }
+    schedule = system.schedule
+    result: dict[str, Any] = {}
+    if system.tokenizer.pyramid.codes:  # tokens that can be counted
+        known, judged = scale_counts(system, training.content), scale_counts(system, held_out.content)
+        result["unigram_entropy"] = _with_mean(unigram_entropy(judged), schedule)
+        result["training_frequencies"] = _with_mean(frequency_cross_entropy(known, judged), schedule)
+        result["frequency_accuracy"] = _with_mean(frequency_accuracy(known, judged), schedule)
+    result["model"] = {}
+    for i, name in enumerate(_kinds(system, held_out)):
+        told = held_out.said(i)
+        found = evaluate_likelihood(system, held_out.content, told, BATCH)
+        gain = condition_gain(system, held_out.content, told, groups) if len(groups.unique()) > 1 else None
+        measures = {measure: _with_mean(values, schedule) for measure, values in found.measures.items()}
+        result["model"][name] = {"gain": gain and asdict(gain), **measures}
     return result
+
+
+def _kinds(system: System, held_out: EncodedImages) -> list[str]:
+    """What the several labels or texts that fit an image are called."""
+    primary = next(iter(system.readers))
+    column = held_out.told[primary]
+    if not isinstance(column, Choices):
+        return [primary]
+    kinds = column.numbers.shape[1]
+    if column.texts is None:
+        return {1: ["label"], 2: ["group", "subgroup"]}.get(kinds, [f"label {i}" for i in range(kinds)])
+    return {1: ["caption"], 3: ["name", "name and groups", "groups"]}.get(kinds, [f"text {i}" for i in range(kinds)])
 
 
 def _with_mean(values: Sequence[float], schedule: Schedule) -> dict[str, Any]:
@@ -230,20 +226,19 @@ def _samples(
 ) -> dict[str, Any]:
     """Generate, draw the pictures, and compare with the training images."""
     generator = torch.Generator().manual_seed(seed)
-    places = known.labels[torch.randint(len(known), (count,), generator=generator), 0].long()
-    labels = known.values(places)
+    rows = torch.randint(len(known), (count,), generator=generator).tolist()
+    told = {name: [values[row] for row in rows] for name, values in known.said().items()}
     images = torch.cat(
         [
-            sample(system, labels[i : i + BATCH], seed=seed + i).cpu()
+            sample(system, {name: values[i : i + BATCH] for name, values in told.items()}, seed=seed + i).cpu()
             for i in tqdm(range(0, count, BATCH), desc="sampling", disable=not progress)
         ]
     )
-    numbered = dict(enumerate(known.texts or data.classes))
-    names = [numbered.get(place, str(place)) for place in places.tolist()]
-    shown = sorted(range(min(count, SHOWN_SAMPLES)), key=lambda i: int(places[i]))
+    names, places = _names(system, known, data.classes, rows)
+    shown = sorted(range(min(count, SHOWN_SAMPLES)), key=lambda i: places[i])
     save_images(images[shown], out / "samples.png", columns=12, labels=[names[i] for i in shown], title="Samples")
 
-    training, val = data.train.images, data.val.images
+    training, val = pictures(data.train), pictures(data.val)
     groups, group_names = base_groups(data.train)
     near = nearest(images, training, progress=progress)
     near_val = nearest(val, training, progress=progress).distances
@@ -276,6 +271,19 @@ def _samples(
         },
         "closest": _save_pairs(images, names, data.train, near, group_names, groups, out / "neighbours.png"),
     }
+
+
+def _names(
+    system: System, known: EncodedImages, classes: Sequence[str], rows: Sequence[int]
+) -> tuple[list[str], list[int]]:
+    """What samples are called, and the order in which they are shown, of the images whose labels they have."""
+    primary = next(iter(system.readers))
+    column = known.told[primary]
+    if not isinstance(column, Choices):
+        return [f"{primary} of image {row}" for row in rows], list(rows)
+    places = column.numbers[torch.tensor(rows), 0].tolist()
+    numbered = dict(enumerate(column.texts or classes))
+    return [numbered.get(place, str(place)) for place in places], places
 
 
 def _spaced(length: int, most: int) -> Tensor:
@@ -359,15 +367,19 @@ def _markdown(report: dict[str, Any]) -> str:
 
 
 def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]:
-    columns = {
-        "unigram entropy": likelihood["unigram_entropy"],
-        "training frequencies": likelihood["training_frequencies"],
-        "their accuracy": likelihood["frequency_accuracy"],
-    }
-    formats = ["{:.3f}", "{:.3f}", "{:.1%}"]
+    columns, formats = {}, []
+    if "unigram_entropy" in likelihood:
+        columns = {
+            "unigram entropy": likelihood["unigram_entropy"],
+            "training frequencies": likelihood["training_frequencies"],
+            "their accuracy": likelihood["frequency_accuracy"],
+        }
+        formats = ["{:.3f}", "{:.3f}", "{:.1%}"]
     for name, values in likelihood["model"].items():
-        columns |= {f"model, {name}": values["cross_entropy"], f"accuracy, {name}": values["accuracy"]}
-        formats += ["{:.3f}", "{:.1%}"]
+        for measure, found in values.items():
+            if measure != "gain":
+                columns[f"{'model' if measure == 'cross_entropy' else measure}, {name}"] = found
+                formats.append("{:.1%}" if measure == "accuracy" else "{:.3f}")
     rows: list[list[Any]] = [
         [size, *(f.format(column["scales"][k]) for f, column in zip(formats, columns.values(), strict=True))]
         for k, size in enumerate(sizes)

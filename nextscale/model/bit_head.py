@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.draws import Draws
 from nextscale.model.transformer_settings import TransformerSettings
 
 
@@ -33,17 +34,32 @@ class BitHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.linear(h.float()).float().unflatten(-1, (self.bits, 2))
 
-    def loss(self, h: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, draws: Draws, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy in nats of each token, [B, l]; targets of 0 and 1 [B, l, d]."""
         return self.loss_of(self(h), targets, label_smoothing)
 
+    def judge(self, h: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The loss of each token, and which share of its bits is right, [B, l] each."""
+        logits = self(h)
+        right = (logits.argmax(dim=-1) == targets).float().mean(dim=-1)
+        return {"cross_entropy": self.loss_of(logits, targets), "accuracy": right}
+
+    def log_prob(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Log-likelihood of each token in nats, the sum over its bits, [B, l]."""
+        return -self._each_bit(self(h), tokens).sum(dim=-1)
+
     def loss_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The loss of given logits."""
+        losses = self._each_bit(logits, targets, label_smoothing)
+        return losses.mean(dim=-1) if self.reduce == "mean" else losses.sum(dim=-1)
+
+    @staticmethod
+    def _each_bit(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy in nats of each bit, [B, l, d]."""
         flat = F.cross_entropy(
             logits.flatten(0, -2), targets.flatten().long(), reduction="none", label_smoothing=label_smoothing
         )
-        losses = flat.view(targets.shape)
-        return losses.mean(dim=-1) if self.reduce == "mean" else losses.sum(dim=-1)
+        return flat.view(targets.shape)
 
     def sample(
         self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tensor], generators: Any

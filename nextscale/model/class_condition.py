@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,18 +11,21 @@ from nextscale.condition import Condition
 
 
 class ClassCondition(nn.Module):
-    """A learned vector for each class, and one for the null class (the last row)."""
+    """A learned vector for each class, and one for the null class (the last row). `name`: what its reader is called."""
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, name: str = "label") -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.name = num_classes, name
         self.embedding = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, labels: Tensor) -> Condition:
+    def forward(self, told: Mapping[str, Tensor]) -> Condition:
         """Labels int64 [B] in 0 .. num_classes; num_classes is the null class."""
-        vec = self.embedding(labels)  # [B, D]
-        return Condition(start=vec.unsqueeze(1), vec=vec)
+        return self._condition(told[self.name])
 
     def null(self, condition: Condition) -> Condition:
         """The condition that says nothing, for as many images as the given one."""
-        return self(torch.full((len(condition),), self.num_classes, device=self.embedding.weight.device))
+        return self._condition(torch.full((len(condition),), self.num_classes, device=self.embedding.weight.device))
+
+    def _condition(self, labels: Tensor) -> Condition:
+        vec = self.embedding(labels)  # [B, D]
+        return Condition(start=vec.unsqueeze(1), vec=vec)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.draws import Draws
 from nextscale.model.lean import Linear
 from nextscale.model.transformer_settings import TransformerSettings
 
@@ -26,12 +27,23 @@ class SoftmaxHead(nn.Module):
         self.linear.weight.mul_(settings.init_head)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits float32 [B, l, V] of hidden states [B, l, D]."""
-        return self.linear(h.float()).float()
+        """Logits float32 [B, l, V] of hidden states [B, l, D]; not rounded under autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.linear(h.float()).float()
 
-    def loss(self, h: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, draws: Draws, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy in nats of each token, [B, l]; targets int64 [B, l]."""
         return self.loss_of(self(h), targets, label_smoothing)
+
+    def judge(self, h: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Cross-entropy of each token, and whether the most likely one is right, [B, l] each."""
+        logits = self(h)
+        right = (logits.argmax(dim=-1) == targets).float()
+        return {"cross_entropy": self.loss_of(logits, targets), "accuracy": right}
+
+    def log_prob(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Log-likelihood of each token in nats, [B, l]."""
+        return -self.loss_of(self(h), tokens)
 
     @staticmethod
     def loss_of(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,10 +58,14 @@ class TextCondition(nn.Module):
         length: rows of the table, the longest text in tokens.
         pool_heads: heads of the pooling.
         eps: of the norm.
+        name: what its reader is called.
     """
 
-    def __init__(self, text_dim: int, dim: int, length: int, pool_heads: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self, text_dim: int, dim: int, length: int, pool_heads: int, eps: float = 1e-6, name: str = "caption"
+    ) -> None:
         super().__init__()
+        self.name = name
         # The published table: normal of standard deviation 1.2, cut at +-2, over sqrt(E); always the same numbers.
         table = torch.empty(length, text_dim)
         nn.init.trunc_normal_(table, std=1.2, generator=torch.Generator("cpu").manual_seed(0))
@@ -70,7 +74,8 @@ class TextCondition(nn.Module):
         self.pool = AttentionPool(text_dim, dim, pool_heads)
         self.project = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
 
-    def forward(self, text: Text) -> Condition:
+    def forward(self, told: Mapping[str, Text]) -> Condition:
+        text = told[self.name]
         length, channels = text.features.shape[1:]
         if channels != self.null_text.shape[1] or length > len(self.null_text):
             raise ValueError(
@@ -90,7 +95,7 @@ class TextCondition(nn.Module):
     def _condition(self, features: Tensor, mask: Tensor) -> Condition:
         features = self.norm(features)
         vec = self.pool(features, mask)  # [B, D]
-        return Condition(vec.unsqueeze(1), vec, context=self.project(features), context_mask=mask)
+        return Condition({"context": mask}, start=vec.unsqueeze(1), vec=vec, context=self.project(features))
 
 
 class AttentionPool(nn.Module):
@@ -227,20 +232,23 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class NegativeText(nn.Module):
-    """A text condition whose null is another text: the negative prompt (of each row, or one for all)."""
+    """A text condition whose null is another text: the negative prompt (of each row, or one for all).
 
-    def __init__(self, conditioner: nn.Module, negative: Text) -> None:
+    `name`: what the texts' reader is called.
+    """
+
+    def __init__(self, conditioner: nn.Module, negative: Text, name: str = "caption") -> None:
         super().__init__()
         self.conditioner: Any = conditioner
-        self.negative = negative
+        self.negative, self.name = negative, name
 
-    def forward(self, text: Text) -> Condition:
-        return self.conditioner(text.padded(self.negative.mask.shape[1]))
+    def forward(self, told: Mapping[str, Any]) -> Condition:
+        return self.conditioner({**told, self.name: told[self.name].padded(self.negative.mask.shape[1])})
 
     def null(self, condition: Condition) -> Condition:
         mask = condition.context_mask
         assert mask is not None
-        negative: Condition = self.conditioner(self.negative.padded(mask.shape[1]).to(mask.device))
+        negative: Condition = self.conditioner({self.name: self.negative.padded(mask.shape[1]).to(mask.device)})
         if len(negative) == len(condition):
             return negative
         return negative.select(torch.zeros(len(condition), dtype=torch.long, device=mask.device))

@@ -33,18 +33,24 @@ class TextEncoder:
     """
 
     field: str = "caption"
+    shape: tuple[int, ...] | None = None
+    choices: Sequence[str | int] = ()
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, values: Sequence[str | int | None]) -> Text:
+    def __call__(self, values: Sequence[Any]) -> Text:
+        self.check(values)
+        texts = [str(value or "") for value in values]
+        return Text.of([self._recalled(text) for text in texts], [not text for text in texts])
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Raise ValueError if one of them is no text."""
         if wrong := [value for value in values if not (value is None or isinstance(value, str))]:
             raise ValueError(
                 f"this system is told texts (or None: nothing), got {wrong[0]!r}; describe the image in words"
             )
-        texts = [str(value or "") for value in values]
-        return Text.of([self._recalled(text) for text in texts], [not text for text in texts])
 
     def encode(self, text: str) -> Tensor:
         """Hidden states of a text, float32 [t, E] on the CPU."""

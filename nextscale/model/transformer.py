@@ -93,9 +93,9 @@ class Transformer(nn.Module):
             condition = self.compose(condition)
         head = self.head_modulation(condition.vec)
         if self.shared_modulation is not None:
-            condition = replace(condition, vec=self.shared_modulation(condition.vec))
+            condition = condition.replace(vec=self.shared_modulation(condition.vec))
         blocks = tuple(block.prepare(condition) for block in self.blocks)
-        return Prepared(condition.start, blocks, head, condition.prefix, condition.prefix_mask)
+        return Prepared(condition.start, blocks, head, condition.prefix, condition.masks.get("prefix"))
 
     def embed(self, inputs: Tensor | None, prepared: Prepared, span: Span) -> Tensor:
         """Prefix, start tokens and inputs, [B, prefix + l, D].
@@ -136,6 +136,14 @@ class Transformer(nn.Module):
         length = schedule.length + (0 if prepared.prefix is None else prepared.prefix.shape[1])
         like = self.embed_input.weight
         return Cache([block.new_cache(len(prepared), length, like) for block in self.blocks])
+
+    def flop(self, schedule: Schedule) -> float:
+        """Floating-point operations of a forward pass for one image, estimated: those of the matrix products in branches,
+        input embedding, head and attention."""
+        parts = [self.embed_input, self.head, *(branch for block in self.blocks for branch in block.branches)]
+        weights = sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+        pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
+        return 2.0 * weights * schedule.length + 4 * pairs * self.settings.dim * len(self.blocks)
 
     def with_blocks(self, blocks: Iterable[nn.Module]) -> Transformer:
         """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""

@@ -252,7 +252,7 @@ def _prepare(
     keep_coarsest: bool,
     *,
     inside: bool,
-) -> tuple[Sequence[str | int | None], Edit]:
+) -> tuple[Labels, Edit]:
     """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
     system.need_model()
     height, width = system.image_size
@@ -262,22 +262,7 @@ def _prepare(
             f"expected float images [B, {channels}, {height}, {width}] in [-1, 1], got {x.dtype} {list(x.shape)}; read them "
             f"with `ns.read_images(paths, size=({height}, {width}))`"
         )
-    rows = _one_each(labels, len(x))
-    if system.reader is None:
-        system.label_ids(rows)  # raises for those that it does not have
+    rows = system.told(labels, len(x))
+    system.check_told(rows)
     generate = generated_tokens(system, len(x), mask, box, inside=inside)
     return rows, keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=keep_coarsest))
-
-
-def _one_each(labels: Labels, batch: int) -> Sequence[str | int | None]:
-    """A label for each image; one alone is that of all."""
-    if isinstance(labels, Tensor):
-        labels = labels.tolist()
-    if labels is None or isinstance(labels, str | int):
-        return [labels] * batch
-    if len(labels) != batch:
-        raise ValueError(
-            f"expected one label, or one for each of {batch} images, got {len(labels)}; "
-            "for more results of an image, repeat it: `x.repeat(n, 1, 1, 1)`"
-        )
-    return labels

@@ -196,5 +196,5 @@ def drop_branches(state: State) -> State:
 
 def _dropped(condition: Condition, null: Condition, drop: tuple[str, ...]) -> Condition:
     names = condition.parts() if drop == ("all",) else drop
-    everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.vec.device)
+    everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
     return condition.mix(null, dict.fromkeys(names, everywhere))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import index
 
 import torch
 from torch import Tensor
@@ -86,7 +87,10 @@ class Noise:
         another number of seeds."""
         if generator is not None:
             return cls(generator.device, (generator.get_state(),), generator)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(batch)]
+        if isinstance(seed, Sequence) or getattr(seed, "ndim", None):  # numbers of numpy and torch are taken, too
+            seeds = [index(one) for one in seed]  # type: ignore[union-attr]
+        else:
+            seeds = [index(seed) + i for i in range(batch)]
         if len(seeds) != batch:
             raise ValueError(f"seed needs one number, or one for each of {batch} images, got {len(seeds)}")
         return cls(device, tuple(torch.Generator(device).manual_seed(s).get_state() for s in seeds))

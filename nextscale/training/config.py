@@ -1,6 +1,6 @@
 """Settings of a training run. No torch in here: the command line reads them to print its help."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -166,9 +166,12 @@ LOSSES: dict[str, TokenizerLoss] = {
 
 
 class GeneratorLoss(Settings):
-    """The generator's objective: teacher forcing with cross-entropy."""
+    """What all objectives of generators share."""
 
     drop_condition: float = Field(0.1, ge=0, le=1, description="share of labels that are replaced by the null class")
+    drop_parts: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="share of images that lose a part of the condition on its own, by the part's name"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mass spread over all codes")
     scale_weights: tuple[float, ...] = Field((), description="factor of the loss at each scale; default: 1 each")
     progressive: float = Field(0.0, ge=0, lt=1, description="train scale by scale until this share of the run; 0: off")

@@ -24,7 +24,7 @@ def with_classes(system: System, classes: Sequence[str]) -> System:
     if "classes" not in type(system.config).model_fields:
         raise ValueError("this system is told texts, not classes, so it needs no further ones")
     old = system.need_model()
-    names = system.classes or tuple(str(i) for i in range(old.conditioner.num_classes))
+    names = system.classes or tuple(str(i) for i in system.readers["label"].choices)
     added = [name for name in dict.fromkeys(classes) if name not in names]
     changes = {"classes": (*names, *added), "num_classes": len(names) + len(added)}
     new = find_recipe(system.recipe).build(system.config.model_copy(update=changes))
@@ -47,7 +47,13 @@ class Relabelled(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.data[index]
+        return self._relabelled(self.data[index])
+
+    def said(self, index: int) -> dict[str, Any]:
+        """An item without its image, where the data set can say it."""
+        return self._relabelled(getattr(self.data, "said", self.data.__getitem__)(index))
+
+    def _relabelled(self, item: dict[str, Any]) -> dict[str, Any]:
         labels = tuple(self.numbers[label] for label in item["labels"])
         return item | {"label": self.numbers[item["label"]], "labels": labels}
 

@@ -1,47 +1,58 @@
-"""Generator training: teacher forcing over all scales at once."""
+"""Generator training: a model, its optimizer, and an objective that owns the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nextscale.draws import Draws, Part
-from nextscale.encoded import EncodedImages
-from nextscale.evaluation.likelihood import evaluate_likelihood
+from nextscale.contracts import Model, Objective
+from nextscale.draws import Part
+from nextscale.encoded import Choices, EncodedImages, said_by
 from nextscale.processes import Team
 from nextscale.sampling.loop import sample
-from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.training.average import Average
 from nextscale.training.config import GeneratorLoss, TrainConfig
-from nextscale.training.loop import adamw, autocast, descend, scaler
-from nextscale.training.objective import drop_condition
+from nextscale.training.fit import adamw, autocast, descend, scaler
 
 # As in the reference: tables and scales are added or multiplied, so decay would only pull them to zero.
 NO_DECAY = ("positions", "offset", "log_scale")
 
 
-def stage(loss: GeneratorLoss, config: TrainConfig, scales: int, step: int) -> tuple[int, float]:
-    """Newest scale of a progressive stage and the weight of its tokens; the last scale and 1 in ordinary training."""
-    last = scales - 1
-    if not loss.progressive:
-        return last, 1.0
-    newest = _newest(loss, config, last, step)
-    if newest in (last, _newest(loss, config, last, 0)):
-        return newest, 1.0
-    begun = next(s for s in range(step, -1, -1) if _newest(loss, config, last, s) != newest)
-    return newest, min(1.0, max(0.01, (step - begun) / loss.progressive_warmup))
+@dataclass
+class Run:
+    """A training, as its objective sees it."""
 
+    system: System  # `system.model` is what is trained
+    model: Model  # the same weights, called as the settings want it (its activations computed again, for example)
+    config: TrainConfig
+    loss: GeneratorLoss
+    data: Any  # `EncodedImages`, items, or None, as the objective wants
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # what the objective made of the weights at the start
 
-def _newest(loss: GeneratorLoss, config: TrainConfig, last: int, step: int) -> int:
-    first, end = min(loss.progressive_from, last), loss.progressive * config.steps
-    if step <= config.warmup or step >= end:
-        return first if step <= config.warmup else last
-    return first + round((last - first) * min(1.0, (step - config.warmup) / (end - config.warmup)))
+    def autocast(self) -> torch.autocast:
+        """The context in which a model runs forward, in the precision of the run."""
+        return autocast(self.config)
+
+    def told(self, part: Part) -> dict[str, list[Any]]:
+        """What is told of the images of a part of a batch, by name; where several fit, one of them at random."""
+        if "told" in part.batch:
+            return self.data.pick(part.batch["told"], part.draws)
+        told: dict[str, list[Any]] = {}
+        for name, reader in self.system.readers.items():
+            fields = [field for field in (reader.field, reader.field + "s") if field in part.batch]
+            items = [{field: part.batch[field][i] for field in fields} for i in range(len(part.draws))]
+            values = [said_by(item, reader.field, reader.shape) for item in items]
+            if reader.shape is None:
+                places = part.draws.rand().tolist()
+                values = [several[int(place * len(several))] for several, place in zip(values, places, strict=True)]
+            told[name] = values
+        return told
 
 
 class GeneratorTask:
@@ -52,24 +63,29 @@ class GeneratorTask:
         system: System,
         config: TrainConfig,
         loss: GeneratorLoss,
-        data: EncodedImages,
-        val: EncodedImages | None,
+        data: Any,
+        val: Any,
         pictures: int = 48,
         team: Team = Team(),
+        objective: Objective | None = None,
     ) -> None:
         self.system = system.to(config.device)
         self.module = system.need_model()
-        self.config, self.loss, self.data, self.val, self.count = config, loss, data, val, pictures
+        self.config, self.data, self.val, self.count = config, data, val, pictures
+        self.objective: Objective = objective or system.objective
         if config.compile:
             for block in self.module.blocks:
                 block.compile()
-        self.model = recomputed(self.module) if config.recompute else self.module
+        self.run = Run(system, recomputed(self.module) if config.recompute else self.module, config, loss, data)
+        self.run.frozen = self.objective.frozen(self.run)
+        for network in self.run.frozen.values():
+            network.to(config.device).requires_grad_(False).eval()
         self.forward: Any = team.wrap(self.module, self.losses, sharded=config.device if config.shard else "")
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
         self.scalers = {"model": scaler(config)}
         self.team = team
         self.tokens_per_image = system.schedule.length
-        self.flop_per_image = flop_per_image(self.module, system.schedule)
+        self.flop_per_image = 3 * self.module.flop(system.schedule)  # with the backward pass
 
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         optimizer, scaler = self.optimizers["model"], self.scalers["model"]
@@ -77,62 +93,22 @@ class GeneratorTask:
 
     def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log."""
-        system, model, draws = self.system, self.model, part.draws
-        content = part.batch["content"].to(self.config.device)
-        schedule, inputs, targets, weights = system.objective.batch(
-            system.tokenizer.pyramid, content, system.schedule, draws
-        )
-        newest, weight = stage(self.loss, self.config, len(schedule), step)
-        span = schedule.span(0, newest + 1)  # all scales but in progressive stages
-        targets = targets[:, : span.end]
-        inputs = None if inputs is None or not newest else inputs[:, : span.end - span.lengths[0]]
-        labels = self.data.values(self.pick_labels(part.batch["labels"], draws))
-        with autocast(self.config):
-            condition = system.condition(labels)
-            condition = drop_condition(condition, model.conditioner.null(condition), self.loss.drop_condition, draws)
-            h = model.hidden(inputs, model.prepare(condition), span)
-            losses = model.head.loss(h, targets, label_smoothing=self.loss.label_smoothing)  # [B, l]
-        pieces = losses.split(span.lengths, dim=1)
-        per_scale: dict[str, Tensor | float] = {f"loss/{k}": piece.detach().mean() for k, piece in enumerate(pieces)}
-        if weights is not None:
-            pieces = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
-        if self.loss.scale_weights:
-            factors = self.loss.scale_weights
-            if len(factors) != len(schedule):
-                raise ValueError(
-                    f"scale_weights: expected one factor for each of {len(schedule)} scales, got {factors}"
-                )
-            pieces = tuple(piece * factor for piece, factor in zip(pieces, factors, strict=False))
-        # A token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
-        warm = [1.0] * newest + [weight]
-        loss = torch.stack([piece.sum(dim=1) * w for piece, w in zip(pieces, warm, strict=True)]).sum(0).mean()
-        loss = loss / schedule.length
-        return loss, {"loss": loss.detach(), **per_scale}
-
-    def pick_labels(self, labels: Tensor, draws: Draws) -> Tensor:
-        """One of the labels that fit each image: [B, n] -> [B]."""
-        return labels.gather(1, draws.randint(0, labels.shape[1], 1)).squeeze(1)
+        return self.objective.loss(self.run, part, step)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        if self.val is None:
-            return {}
-        labels = self.val.values(self.val.labels[:, 0])
-        return evaluate_likelihood(self.system.with_model(module), self.val.content, labels).metrics()
+        return self.objective.judge(self.run, self.val)
 
     def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
         """Nothing of a generator is watched for."""
         return []
 
-    @staticmethod
-    def score(metrics: Mapping[str, float]) -> float:
-        """Less loss is better."""
-        return -metrics["loss"]
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        return self.objective.score(metrics)
 
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Samples of the first labels in turn, with the same seeds each time."""
-        first = self.data.labels[:, 0].unique()[:12]
-        labels = self.data.values(first.repeat(-(-self.count // len(first)))[: self.count])
-        return {"samples": sample(self.system.with_model(module), labels, seed=0)}
+        told = shown(self.system, self.data, self.count)
+        return {"samples": sample(self.system.with_model(module), told, seed=0)}
 
     def averaged(self, average: Average | None, step: int) -> None:
         """Nothing is left to copy."""
@@ -142,13 +118,24 @@ class GeneratorTask:
         return self.forward(function=function) if self.config.shard else function()
 
 
-def flop_per_image(model: Any, schedule: Schedule) -> float:
-    """Floating-point operations of a training step for each image, estimated: three times those of the forward pass's
-    matrix products in branches, input embedding, head and attention."""
-    parts = [model.embed_input, model.head, *(branch for block in model.blocks for branch in block.branches)]
-    weights = sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
-    pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
-    return 3.0 * (2 * weights * schedule.length + 4 * pairs * model.settings.dim * len(model.blocks))
+def shown(system: System, data: Any, count: int, most: int = 12) -> dict[str, list[Any]]:
+    """What `count` pictures are told: of images with the first `most` labels in turn; without images, all labels in turn."""
+    primary = next(iter(system.readers))
+    if isinstance(data, EncodedImages):
+        column, said = data.told[primary], data.said()
+        rows = list(range(min(most, len(data))))
+        if isinstance(column, Choices):
+            first = column.numbers[:, 0]
+            rows = [int((first == number).nonzero()[0]) for number in first.unique()[:most]]
+        kinds = [{name: values[row] for name, values in said.items()} for row in rows]
+    elif data is not None:
+        kinds = []
+        for i in range(min(most, len(data))):
+            said_here = {name: said_by(data[i], reader.field, reader.shape) for name, reader in system.readers.items()}
+            kinds.append({n: v if system.readers[n].shape is not None else v[0] for n, v in said_here.items()})
+    else:
+        kinds = [{primary: value} for value in system.readers[primary].choices[:most]] or [{}]
+    return {name: [kinds[i % len(kinds)].get(name) for i in range(count)] for name in system.readers}
 
 
 def recomputed(model: Any) -> Any:

@@ -16,7 +16,7 @@ from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
-    from nextscale.training.loop import Task
+    from nextscale.training.fit import Task
 
 # What may change between two starts of a run: how it runs and reports, not what it computes.
 FREE = (

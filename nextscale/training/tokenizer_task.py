@@ -32,7 +32,7 @@ from nextscale.tokenizer.pyramid import Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.average import Average
 from nextscale.training.config import TokenizerLoss, TrainConfig
-from nextscale.training.loop import adamw, autocast, descend, scaler
+from nextscale.training.fit import adamw, autocast, descend, scaler
 
 MIN_STD = 1e-3  # of residuals that the pyramid standardizes: a channel that is always the same must not divide by zero
 

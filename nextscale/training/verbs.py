@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
+from nextscale.contracts import Objective
 from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.processes import Team
+from nextscale.settings import Settings
 from nextscale.system import System, find_recipe
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import add_lora, merge_lora
+from nextscale.training.fit import fit
 from nextscale.training.generator_task import GeneratorTask
-from nextscale.training.loop import fit
 from nextscale.training.tokenizer_task import TokenizerTask
 
 
@@ -69,7 +72,7 @@ def train_tokenizer(
 
 def train_model(
     system: System,
-    data: Dataset,
+    data: Dataset | None,
     config: TrainConfig = TrainConfig(),
     *,
     out: str | os.PathLike[str],
@@ -79,18 +82,21 @@ def train_model(
     views: int = 1,
     lora: int = 0,
     cache: str | os.PathLike[str] | None = None,
+    objective: Objective | None = None,
 ) -> System:
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
 
     Args:
-        data, val, out, augmentation: as for `train_tokenizer`; items also have what the system's reader wants: `label`, a
-            class number, or `caption`; or `labels` or `captions`, several that fit the image, of which training picks
-            one at random.
+        data, val, out, augmentation: as for `train_tokenizer`; items also have what the system's readers want: `label`, a
+            class number, or `caption`, or a tensor; or `labels` or `captions`, several that fit the image, of which training
+            picks one at random. None for an objective that wants nothing.
         views: augmented versions of each image that are encoded, once, before training.
         lora: rank of adapters (LoRA), which are trained instead of the weights, together with what the model is told; they are
             merged into the weights of the result. 0: all weights are trained. Needs the extra nextscale[lora].
         cache: folder for what was encoded, to share between runs; one of another tokenizer, data or settings is refused.
             Default: a folder of the run.
+        objective: what to train for, where it is another one than the system's own: it says what data it wants. Where that
+            is items, they come as they are, without augmentation.
 
     Returns the system, with the averaged weights.
     """
@@ -99,32 +105,41 @@ def train_model(
     team, config = _join(config)
     out = Path(out)
     system.need_model()
-    _check_size(system, data, augmentation)
     system.to(config.device)
-    encoded = encode_images(
-        system,
-        data,
-        Path(cache) if cache is not None else out / "encoded",
-        kind=system.objective.cached,
-        views=views,
-        augmentation=augmentation,
-        seed=config.seed,
-        strict=cache is not None,
-        team=team,
-    )
-    val = _some(val)
-    held_out = None if val is None else encode_images(system, val, out / "encoded-val", team=team)
-    if encoded.texts is None:
-        known, most = system.need_model().conditioner.num_classes, int(encoded.labels.max())
-        if most >= known:
-            raise ValueError(
-                f"the data has class number {most}, but the model knows {known} classes; build it with more"
-            )
+    objective = objective or system.objective
+    val, held_out, kind = _some(val), None, objective.wants
+    items: Any
+    if kind == "nothing":
+        items, held_out = NoItems(config.batch_size), val
+    elif data is None:
+        raise ValueError(f"this objective wants {kind}, so training needs data, got none")
+    elif kind == "items":
+        items, held_out = data, val
+    else:
+        _check_size(system, data, augmentation)
+        items = encode_images(
+            system,
+            data,
+            Path(cache) if cache is not None else out / "encoded",
+            kind=kind,
+            views=views,
+            augmentation=augmentation,
+            seed=config.seed,
+            workers=config.workers,
+            strict=cache is not None,
+            team=team,
+        )
+        items.check(system)
+        if val is not None:
+            held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
     if lora:
         add_lora(system.need_model(), lora)
-    task = GeneratorTask(system, config, loss, encoded, held_out, team=team)
+    shown = None if kind == "nothing" else items
+    task = GeneratorTask(system, config, loss, shown, held_out, team=team, objective=objective)
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
-    fit(task, encoded, config, out, "generator", settings, team=team)
+    if objective is not system.objective:
+        settings["objective"] = objective if isinstance(objective, Settings) else None
+    fit(task, items, config, out, "generator", settings, team=team)
     if config.shard and team.size > 1:
         from nextscale.sharded import whole
 
@@ -137,6 +152,23 @@ def train_model(
         save(system, out / "system")
     team.wait()  # all return when the files are there
     return system.eval()
+
+
+class NoItems(Dataset[dict[str, Any]]):
+    """What an objective that wants nothing is given: batches without content."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {}
 
 
 def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from nextscale.published.flexvar_sampling import SIZES_512 as SIZES_512
 from nextscale.published.flexvar_sampling import official_pick as official_pick
 from nextscale.published.flexvar_sampling import official_ramp as official_ramp
 from nextscale.published.layout import from_states, to_states, with_own_weights
+from nextscale.readers import ClassReader
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -45,7 +46,7 @@ from nextscale.tokenizer.codebook import Codebook, indecision
 from nextscale.tokenizer.pyramid import Encoded, Lesson
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
-from nextscale.training.objective import Batch
+from nextscale.training.objective import Batch, NextScale, Wants
 
 # ---- tokenizer: every token map is the whole image --------------------------------------------------------------------
 
@@ -166,13 +167,13 @@ def _rows(f: Tensor) -> Tensor:
 # ---- objective: random schedules --------------------------------------------------------------------------------------
 
 
-class RandomSchedules(Settings):
+class RandomSchedules(Settings, NextScale):
     """The objective: teacher forcing on other (square) sizes each step. The defaults are FlexVAR's, for maps of 16x16.
 
     With Python's `random` seeded alike, `draw` gives the lists of the official trainer: it makes the same calls.
     """
 
-    cached: ClassVar[Literal["features"]] = "features"
+    wants: ClassVar[Wants] = "features"
 
     whole: tuple[int, ...] = Field(SIZES[10], min_length=1, description="the list that is used as it is now and then")
     whole_share: float = Field(0.05, ge=0, le=1, description="share of the steps that use it")
@@ -285,7 +286,15 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
     return System(
-        "flexvar", config, config.schedule, tokenizer, transformer, config.classes, config.sampling, config.schedules
+        "flexvar",
+        config,
+        config.schedule,
+        tokenizer,
+        transformer,
+        config.classes,
+        sampling=config.sampling,
+        objective=config.schedules,
+        readers={"label": ClassReader(config.classes, config.num_classes)},
     )
 
 

@@ -44,19 +44,19 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
-from nextscale.training.objective import Batch
+from nextscale.training.objective import Batch, NextScale, Wants
 
 # ---- objective: bitwise self-correction -------------------------------------------------------------------------------
 
 
-class SelfCorrection(Settings):
+class SelfCorrection(Settings, NextScale):
     """The objective: bits that enter the sum are flipped at random, and later targets are what is left to do after that,
     so the model learns to repair its own mistakes.
 
     One share of flips is drawn for each scale and batch, a whole percentage from 0 to 100 x `strength`, as published.
     """
 
-    cached: ClassVar[Literal["features"]] = "features"
+    wants: ClassVar[Wants] = "features"
 
     strength: float = Field(0.3, ge=0, le=1, description="largest share of bits that are flipped")
     scales: int | None = Field(
@@ -195,7 +195,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
         transformer,
         sampling=config.sampling,
         objective=config.objective,
-        reader=reader or config.text.reader(),
+        readers={"caption": reader or config.text.reader()},
     )
 
 

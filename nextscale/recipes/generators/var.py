@@ -27,6 +27,7 @@ from nextscale.published.var_layout import LAYOUT, SIZES_256, USAGE
 from nextscale.published.var_layout import OFFICIAL as OFFICIAL
 from nextscale.published.var_layout import SAMPLING as SAMPLING
 from nextscale.published.var_layout import SIZES_512 as SIZES_512
+from nextscale.readers import ClassReader
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.system import System
 from nextscale.system_settings import ClassSystemSettings, Sides
@@ -34,6 +35,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
+from nextscale.training.objective import TeacherForcing
 
 
 class Config(ClassSystemSettings):
@@ -88,7 +90,17 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         transformer = build_model(config) if model and config.num_classes else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
-    return System("var", config, config.schedule, tokenizer, transformer, config.classes, config.sampling)
+    return System(
+        "var",
+        config,
+        config.schedule,
+        tokenizer,
+        transformer,
+        config.classes,
+        sampling=config.sampling,
+        objective=TeacherForcing(),
+        readers={"label": ClassReader(config.classes, config.num_classes)},
+    )
 
 
 def build_model(config: Config) -> Transformer:

@@ -38,10 +38,11 @@ def apply(system: System, config: Config = Config()) -> System:
     Raises ValueError for a system that is told no texts.
     """
     model = system.need_model()
-    if system.reader is None:
+    name = next((name for name, reader in system.readers.items() if reader.field == "caption"), None)
+    if name is None:
         raise ValueError("this system is told classes, not texts, so it has no use for a negative prompt")
-    negative = system.reader(config.prompts).to(system.device)
-    conditioner = NegativeText(model.conditioner, negative)
+    negative = system.readers[name](config.prompts).to(system.device)
+    conditioner = NegativeText(model.conditioner, negative, name)
     return system.changed("negative", config, model=replaced(model, conditioner=conditioner))
 
 

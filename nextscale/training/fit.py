@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nextscale import __version__
 from nextscale.data.dataset import collate
-from nextscale.draws import Draws, Part, generator_for
+from nextscale.draws import Draws, Part, generator_for, rows_of
 from nextscale.files import atomic_write
 from nextscale.processes import Team
 from nextscale.settings import Settings
@@ -173,11 +173,28 @@ def descend(
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
-    if norm.isfinite():
-        scaler.step(optimizer)
+    _step(optimizer, scaler, norm)
     scaler.update()
     means = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]} if found[1:] else found[0]
     return {**means, "grad_norm": norm}
+
+
+def _step(optimizer: Optimizer, scaler: torch.amp.GradScaler, norm: Tensor) -> None:
+    """A step of the optimizer unless the gradient's norm is not finite. On a GPU the fused optimizer itself leaves it out, as
+    it does for a `GradScaler`, so that nobody waits for the norm."""
+    if scaler.is_enabled() and norm.is_cuda:
+        scaler.step(optimizer)
+    elif norm.is_cuda and not sharded(optimizer):
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif norm.isfinite():
+        scaler.step(optimizer)
+
+
+def sharded(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's parameters are in pieces, one a process."""
+    return any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
 
 
 def first_bad_module(module: nn.Module, run: Callable[[], object]) -> str:
@@ -242,7 +259,7 @@ def fit(
         parts = []
         for piece in pieces:
             rows = slice(piece.start - own.start, piece.stop - own.start)
-            some = {name: values[rows] for name, values in batch.items()}
+            some = rows_of(batch, rows)
             if transform is not None:
                 augmenting = generator_for(config.seed, step, "augment")
                 some = transform(some, Draws(augmenting, config.batch_size, piece))
@@ -250,33 +267,34 @@ def fit(
         return parts
 
     task.module.train()  # a system comes in eval mode
-    best, skipped = checkpoints.best_score(), 0
-    with checkpoints.disk_full_explained(), torch.random.fork_rng(), log.progress() as bar, _sigterm() as asked_to_stop:
+    best, health = checkpoints.best_score(), Health(team, config.device)
+    own_numbers = torch.random.fork_rng(devices=_own_gpu(config.device))
+    with checkpoints.disk_full_explained(), own_numbers, log.progress() as bar, _sigterm() as asked_to_stop:
         started = time.perf_counter()
         for step, batch in enumerate(loader, start=first):
             # dropout draws from torch's own generator
             torch.manual_seed(config.seed * 1_000_003 + step + team.rank * 1_000_000_007)
             lr = set_rates(task.optimizers, config, step)
             metrics = task.step(parts_of(batch, step), step)
-            finite, stop = _agree(team, metrics, bool(asked_to_stop))
-            skipped = 0 if finite else skipped + 1
-            if skipped > config.most_skipped:
+            done = step + 1
+            logs = done % config.log_every == 0 or done == config.steps
+            finite, stop = health.look(metrics, bool(asked_to_stop), now=logs)
+            if health.worst > config.most_skipped:
                 name = first_bad_module(task.module, partial(task.step, parts_of(batch, step), step))
                 raise FloatingPointError(
-                    f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}; the first module with "
-                    f"such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
+                    f"loss or gradient was not finite in {health.worst} steps in a row, up to step {step}; the first module "
+                    f"with such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
                     "that step, or start again with a lower --lr or --clip"
                 )
             if average and finite:
                 average.update()
                 task.averaged(average, step)
-            done = step + 1
             bar.update()
-            if done % config.log_every == 0 or done == config.steps or not finite:
+            if logs or not finite:
                 speed = (done - first) * config.batch_size / (time.perf_counter() - started)
                 means = team.mean(metrics)
                 running = {"lr": lr, "images_per_s": speed, "tokens_per_s": speed * task.tokens_per_image}
-                running |= {"memory_gb": peak_memory(config.device), "skipped": skipped}
+                running |= {"memory_gb": peak_memory(config.device), "skipped": health.skipped}
                 running["tflops"] = speed * task.flop_per_image / 1e12
                 if config.peak_tflops:
                     running["mfu"] = running["tflops"] / config.peak_tflops
@@ -309,13 +327,57 @@ def fit(
     return task.module.eval()
 
 
-def _agree(team: Team, metrics: Mapping[str, Tensor | float], stop: bool) -> tuple[bool, bool]:
-    """Whether loss and gradient were finite on all processes, and whether any was asked to stop: all act alike."""
-    finite = all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm"))
-    if team.size == 1:
-        return finite, stop
-    bad, asked = team.sum_(torch.tensor([float(not finite), float(stop)])).tolist()
-    return not bad, bool(asked)
+class Health:
+    """Whether loss and gradient are finite, on all processes, and whether any was asked to stop: all act alike.
+
+    On a CPU every step is looked at. An accelerator would have to be waited for, so it counts by itself, and is asked when
+    there is something to log anyway; until then steps pass for finite (`descend` changed no weights where they were not).
+    """
+
+    def __init__(self, team: Team, device: str) -> None:
+        self.team, self.waits = team, torch.device(device).type == "cpu"
+        self.skipped = 0  # steps in a row, up to the last one
+        self.worst = 0  # most steps in a row since the last look
+        self._counts: Tensor | None = None  # the same two on the accelerator
+
+    def look(self, metrics: Mapping[str, Tensor | float], stop: bool, now: bool) -> tuple[bool, bool]:
+        """Whether the step was finite, as far as is known, and whether to stop; `now`: find out in any case."""
+        if self.waits:
+            finite = all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm"))
+            bad, asked = self._summed(not finite, stop)
+            self.skipped = self.worst = self.skipped + 1 if bad else 0
+            return not bad, bool(asked)
+        self._count(metrics)
+        if now:
+            assert self._counts is not None
+            self.skipped, self.worst = (int(n) for n in self._counts.tolist())
+            self._counts[1] = self._counts[0]
+        bad, asked = self._summed(now and self.skipped > 0, stop)
+        return not bad, bool(asked)
+
+    def _count(self, metrics: Mapping[str, Tensor | float]) -> None:
+        values = [torch.as_tensor(metrics[name]).detach() for name in ("loss", "grad_norm")]
+        bad = ~torch.stack([value.isfinite() for value in values]).all()
+        if self._counts is None:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=bad.device)
+        self._counts[0] = (self._counts[0] + 1) * bad
+        self._counts[1] = self._counts.max()
+
+    def _summed(self, bad: bool, stop: bool) -> tuple[float, float]:
+        if self.team.size == 1:
+            return float(bad), float(stop)
+        first, second = self.team.sum_(torch.tensor([float(bad), float(stop)])).tolist()
+        return first, second
+
+
+def _own_gpu(device: str) -> list[torch.device]:
+    """The GPU whose random numbers a training draws; none on other devices."""
+    own = torch.device(device)
+    return (
+        [torch.device("cuda", torch.cuda.current_device() if own.index is None else own.index)]
+        if own.type == "cuda"
+        else []
+    )
 
 
 @contextmanager

@@ -1,0 +1,112 @@
+"""Readers: what users and data items say, under one name, to what a conditioner takes. (Texts: `model/text_encoders.py`.)"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ClassReader:
+    """Names of classes, their numbers, or None (no class, whose number is `num_classes`), to class numbers int64 [B].
+
+    Raises ValueError for names and numbers that there are not.
+    """
+
+    shape: tuple[int, ...] | None = None
+
+    def __init__(self, classes: Sequence[str], num_classes: int, field: str = "label") -> None:
+        self.classes, self.num_classes, self.field = tuple(classes), num_classes, field
+
+    @property
+    def choices(self) -> Sequence[str | int]:
+        """The names of all classes, or their numbers where they have no names."""
+        return self.classes or range(self.num_classes)
+
+    def __call__(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor([self._number(value) for value in values], dtype=torch.long)
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Raise ValueError if it cannot read one of them."""
+        for value in values:
+            self._number(value)
+
+    def _number(self, value: Any) -> int:
+        if value is None:
+            return self.num_classes
+        if isinstance(value, str):
+            return self._place(value)
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise ValueError(f"a class is told by its name, its number or None (no class), got {value!r}") from None
+        if not 0 <= number <= self.num_classes:
+            raise ValueError(
+                f"class numbers go from 0 to {self.num_classes - 1} ({self.num_classes} or None: no class), got {number}"
+            )
+        return number
+
+    def _place(self, name: str) -> int:
+        if name in self.classes:
+            return self.classes.index(name)
+        if not self.classes:
+            raise ValueError(f"this system has no class names, got {name!r}; use a number below {self.num_classes}")
+        close = difflib.get_close_matches(name, self.classes, n=3, cutoff=0.4) or self.classes[:3]
+        raise ValueError(
+            f"unknown label {name!r}; did you mean {' or '.join(map(repr, close))}? "
+            f"`nextscale info` lists all {len(self.classes)}"
+        )
+
+
+class Given(NamedTuple):
+    """Tensors of several images, and which of them are missing."""
+
+    values: Tensor  # float32 [B, ...]; zeros where nothing was said
+    null: Tensor  # bool [B], True = says nothing
+
+    def to(self, device: torch.device | str) -> Given:
+        return Given(self.values.to(device), self.null.to(device))
+
+    def listed(self) -> list[Tensor | None]:
+        """What a reader is told: one entry an image."""
+        return [None if null else value for value, null in zip(self.values, self.null.tolist(), strict=True)]
+
+
+class TensorReader:
+    """Tensors (or arrays) of one shape: maps, views, observations. None says nothing: zeros, marked as null.
+
+    Args:
+        field: the key of a data item that holds one.
+        shape: of each.
+    """
+
+    choices: Sequence[str | int] = ()
+
+    def __init__(self, field: str, shape: Sequence[int]) -> None:
+        self.field = field
+        self.shape: tuple[int, ...] | None = tuple(shape)
+
+    def __call__(self, values: Sequence[Any]) -> Given:
+        rows = [torch.zeros(self.shape or ()) if value is None else self._row(value) for value in values]
+        return Given(torch.stack(rows), torch.tensor([value is None for value in values]))
+
+    def check(self, values: Sequence[Any]) -> None:
+        """Raise ValueError if one of them has another shape."""
+        for value in values:
+            if value is not None:
+                self._row(value)
+
+    def _row(self, value: Any) -> Tensor:
+        try:
+            row = torch.as_tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.field}: expected a tensor {list(self.shape or ())}, got {value!r}") from error
+        if tuple(row.shape) != self.shape:
+            raise ValueError(
+                f"{self.field}: expected tensors {list(self.shape or ())}, one an image, got one of {list(row.shape)}"
+            )
+        return row.cpu()
