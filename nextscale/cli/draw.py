@@ -137,7 +137,7 @@ def reconstruct(
     import torch
 
     from nextscale.data.images import save_images
-    from nextscale.evaluation.reconstruction import at_size
+    from nextscale.output import at_size
 
     if not images:
         raise ValueError("reconstruct needs at least one image file; try `nextscale reconstruct dog.png`")
@@ -208,7 +208,7 @@ def generate(
     import torch
     from tqdm import tqdm
 
-    from nextscale.evaluation.reconstruction import at_size
+    from nextscale.output import at_size
 
     tokenizer: Any = system.tokenizer
     schedule: Any = options.get("schedule") or system.schedule

@@ -15,8 +15,9 @@ from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import Generators, Pick, ScalePick, pick_at
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System
+from nextscale.tokens import Tokens, each
 
-Edit = Callable[[Tensor, int], Tensor]
+Edit = Callable[[Tokens, int], Tokens]
 OnScale = Callable[[int, Tensor], None]
 
 
@@ -37,7 +38,7 @@ class State:
     generators: Generators
     edit: Edit | None = None
     k: int = 0  # the next scale
-    tokens: list[Tensor] = field(default_factory=list)  # of the scales so far, [B, l_k] each
+    tokens: list[Tokens] = field(default_factory=list)  # of the scales so far, [B, l_k, ...] each
 
     def select(self, rows: Tensor) -> State:
         """Keep, re-order or copy images (int64 [rows']); a copied image continues with a copy of its generator."""
@@ -56,7 +57,7 @@ class State:
             prepared=self.prepared.select(stacked),
             generators=generators,
             edit=edit,
-            tokens=[tokens[rows] for tokens in self.tokens],
+            tokens=[each(lambda part: part[rows], tokens) for tokens in self.tokens],
         )
 
 
@@ -85,7 +86,7 @@ def start(
         schedule=schedule,
         guidance=guidance,
         pick=pick,
-        f_hat=system.tokenizer.pyramid.start(batch, schedule),
+        f_hat=system.tokenizer.pyramid.start(batch, schedule, system.device),
         prepared=model.prepare(rows),
         cache=model.new_cache(len(rows), schedule.length),
         branches=branches,
@@ -137,8 +138,8 @@ def sample_tokens(
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
     on_scale: OnScale | None = None,
-) -> list[Tensor]:
-    """Generate token maps: a list of K tensors [B, l_k] (soft weights [B, l_k, V] from `gumbel_soft`).
+) -> list[Tokens]:
+    """Generate token maps: a list of K tensors [B, l_k] (from `gumbel_soft`: `Soft` weights [B, l_k, V]).
 
     Args:
         labels: one entry an image: class names, class numbers, or None for the null class.
@@ -153,7 +154,7 @@ def sample_tokens(
     options = {"guidance": guidance, "pick": pick, "edit": edit, "generator": generator, "schedule": schedule}
     with torch.inference_mode():
         state = run(system, start(system, labels, seed=seed, **options), on_scale)  # type: ignore[arg-type]
-    return [tokens.clone() for tokens in state.tokens]  # out of inference mode: ordinary tensors
+    return [each(torch.clone, tokens) for tokens in state.tokens]  # out of inference mode: ordinary tensors
 
 
 def sample(
