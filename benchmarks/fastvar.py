@@ -137,7 +137,7 @@ def first_step_loss(dense: ns.System, pruned: ns.System, tokens: list[Tensor], l
         model, schedule = system.need_model(), system.schedule
         prepared, cache = model.prepare(system.condition(labels)), model.new_cache(len(labels), schedule.length)
         pyramid = system.tokenizer.pyramid
-        f_hat, loss = pyramid.start(len(labels), schedule), []
+        f_hat, loss = pyramid.start(len(labels), schedule, system.device), []
         for k, span in enumerate(schedule.steps()):
             inputs = pyramid.next_input(f_hat, k, schedule) if k else None
             loss.append(model.head.loss(model.hidden(inputs, prepared, span, cache), tokens[k]))

@@ -55,7 +55,6 @@ class BitPyramid(nn.Module):
         """
         return as_rows(self._resized(f_hat, schedule[k]))
 
-    @torch.no_grad()
     def encode(self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None) -> Encoded:
         """Tokens, teacher-forcing inputs and running sums of a feature map [B, C, H, W].
 

@@ -58,7 +58,6 @@ class PlainPyramid(nn.Module):
         """What the transformer reads at scale k >= 1: the last code map, resized. [B, l_k, C]."""
         return as_rows(F.interpolate(f_hat, size=schedule[k], mode="bicubic"))  # a = -0.75, no antialias
 
-    @torch.no_grad()
     def encode(self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None) -> Encoded:
         """Tokens, teacher-forcing inputs and code maps of features [B, C, H, W], which may have any size.
 

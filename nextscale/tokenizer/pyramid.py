@@ -95,7 +95,6 @@ class ResidualPyramid(nn.Module):
         """What the transformer reads at scale k >= 1: the sum so far, reduced to that scale. [B, l_k, C]."""
         return as_rows(pooled(f_hat, schedule[k]))
 
-    @torch.no_grad()
     def encode(self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None) -> Encoded:
         """Tokens, teacher-forcing inputs and running sums of a feature map [B, C, H, W].
 
