@@ -27,7 +27,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         mean = self.average(x.mean(dim=(0, 2, 3)))
         centred = x - mean[:, None, None]
         variance = self.average(centred.square().mean(dim=(0, 2, 3)))
-        with torch.no_grad():
+        with torch.no_grad():  # for evaluating, which no training does
             self.running_mean.lerp_(mean, 0.1)
             self.running_var.lerp_(variance, 0.1)
         scale = self.weight * (variance + self.eps).rsqrt()

@@ -139,14 +139,7 @@ class TokenizerTask:
             optimizer, scaler = self.optimizers["discriminator"], self.scalers["discriminator"]
             found = descend(self.discriminator, optimizer, scaler, self.judge, self.pairs, step, clip, self.team)
             metrics |= {f"discriminator/{name}": value for name, value in found.items()}
-        every = self.loss.restart_every
-        if (
-            self.upkeep is not None
-            and quantize
-            and every
-            and (step + 1) % every == 0
-            and begun < self.loss.restart_until
-        ):
+        if quantize and self.due_restart(step):
             metrics["restarted"] = self.restart(residuals, generator_for(self.config.seed, step, "restart"))
         return metrics
 
@@ -298,6 +291,11 @@ class TokenizerTask:
                     "scale dropout, restarts, standardized residuals or fewer codes for it (pyramid.limits) help"
                 )
         return found
+
+    def due_restart(self, step: int) -> bool:
+        """Whether codes that are not in use move after this step."""
+        every, begun = self.loss.restart_every, step / self.config.steps
+        return bool(self.upkeep is not None and every and (step + 1) % every == 0 and begun < self.loss.restart_until)
 
     @torch.no_grad()
     def restart(self, residuals: Sequence[Tensor], generator: torch.Generator) -> float:
