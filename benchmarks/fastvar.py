@@ -140,7 +140,7 @@ def first_step_loss(dense: ns.System, pruned: ns.System, tokens: list[Tensor], l
         prepared = model.prepare(system.condition(labels))
         cache = model.new_cache(prepared, schedule)
         pyramid = system.tokenizer.pyramid
-        f_hat, loss = pyramid.start(len(labels), schedule), []
+        f_hat, loss = pyramid.start(len(labels), schedule, system.device), []
         for k, span in enumerate(schedule.steps()):
             inputs = pyramid.next_input(f_hat, k, schedule) if k else None
             loss.append(-model.head.log_prob(model.hidden(inputs, prepared, span, cache), tokens[k]))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from nextscale.data.transforms import AugmentSettings as AugmentSettings
     from nextscale.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
     from nextscale.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
-    from nextscale.evaluation.reconstruction import psnr as psnr
     from nextscale.evaluation.report import evaluate as evaluate
+    from nextscale.output import psnr as psnr
     from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
     from nextscale.sampling.edit import inpaint as inpaint
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from nextscale.system import encode as encode
     from nextscale.system import find_recipe as find_recipe
     from nextscale.system import logits as logits
+    from nextscale.tokens import Soft as Soft
     from nextscale.training.config import GeneratorLoss as GeneratorLoss
     from nextscale.training.config import TokenizerLoss as TokenizerLoss
     from nextscale.training.config import TrainConfig as TrainConfig
@@ -67,15 +68,17 @@ _HOME = {
     "nextscale.data.transforms": ("AugmentSettings",),
     "nextscale.evaluation.likelihood": ("evaluate_likelihood",),
     "nextscale.evaluation.report": ("evaluate",),
-    "nextscale.evaluation.reconstruction": ("evaluate_tokenizer", "psnr"),
+    "nextscale.evaluation.reconstruction": ("evaluate_tokenizer",),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
+    "nextscale.output": ("psnr",),
     "nextscale.sampling.guidance": ("Guidance", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
     "nextscale.sampling.state": ("State",),
     "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),
     "nextscale.schedule": ("Schedule", "Span"),
     "nextscale.system": ("System", "decode", "encode", "find_recipe", "logits"),
+    "nextscale.tokens": ("Soft",),
     "nextscale.training.config": ("GeneratorLoss", "TokenizerLoss", "TrainConfig"),
     "nextscale.training.verbs": ("train_model", "train_tokenizer"),
 }

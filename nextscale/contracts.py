@@ -7,6 +7,7 @@ B images, K scales of l_k tokens, C channels of the feature map, D of the transf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nextscale.system import System
 
 Kind = Literal["ids", "bits", "vectors", "mixed"]
+TokenType = Callable[..., Tokens] | None
 Corrupt = Callable[[Tokens, int], Tokens]
 Generators = torch.Generator | list[torch.Generator]
 Combine = Callable[[Tensor], Tensor]
@@ -52,6 +54,34 @@ class Lesson(NamedTuple):
     loss: Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which scales the images of a batch keep while the tokenizer is trained (scale dropout), bool [total, K].
+
+    rows: the images at hand; all by default. A part of a batch knows the whole, so that what it adds to the update does not
+    depend on how the batch is shared.
+    """
+
+    whole: Tensor
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def own(self) -> Tensor:
+        """Of the images at hand, bool [B, K]."""
+        return self.whole[self.rows]
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights for a mean over those images of the batch that keep a scale, float [B, K]; 0 at a scale that none keeps.
+        The mean over equal parts of the batch is the whole batch's."""
+        own = self.own
+        counts = self.whole.sum(dim=0) * (len(own) / len(self.whole))
+        return own.float() / counts.clamp(min=1e-6)
+
+    def to(self, device: torch.device | str) -> Kept:
+        return Kept(self.whole.to(device), self.rows)
+
+
 @runtime_checkable
 class Pyramid(Protocol):
     """How token maps add up to a feature map, and what the next scale sees of it.
@@ -63,7 +93,7 @@ class Pyramid(Protocol):
     kind: Kind
     code_dim: int
     codes: int
-    token_type: Callable[..., Tokens] | None
+    token_type: TokenType
 
     def start(self, batch: int, schedule: Schedule, device: torch.device | str | None = None) -> Tensor:
         """What is known before the first scale, float32 [B, C, H, W]."""
@@ -80,12 +110,60 @@ class Pyramid(Protocol):
     def choices(self, tokens: Tokens) -> Tensor | None:
         """The ids [B, l] or bits [B, l, d] in tokens, to count how often each occurs; None where there are none."""
 
+    def limit(self, k: int) -> int:
+        """How many of its `codes` scale k may use: all, unless a recipe wants fewer."""
+
+    def check_scales(self, schedule: Schedule, trained: Schedule) -> None:
+        """Raises ValueError if it was trained with the scales `trained`, and cannot work with those of `schedule`."""
+
+
+@runtime_checkable
+class Upkeep(Protocol):
+    """What keeps codes in use while a tokenizer is trained. codes: the table [V, C], which no weight decay touches.
+
+    Several processes make the same changes: `average` is the mean over them of a tensor, `gather` their rows behind each
+    other.
+    """
+
+    codes: nn.Parameter
+
+    def first_codes(self, f: Tensor, schedule: Schedule, generator: torch.Generator) -> None:
+        """Set the codes from feature maps [B, C, H, W] of real images."""
+
+    def follow(self, residuals: Sequence[Tensor], average: Callable[[Tensor], Tensor]) -> None:
+        """Adapt to the residuals [B, l_k, C] of a step, scale by scale."""
+
+    def restart(
+        self,
+        usage: Tensor,
+        residuals: Sequence[Tensor],
+        schedule: Schedule,
+        generator: torch.Generator,
+        gather: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Move codes that are not in use to where residuals are; returns their ids. `usage`: the share of tokens that each
+        code has at each scale [K, V], in which moved codes get a period of grace."""
+
+
+@runtime_checkable
+class TrainablePyramid(Pyramid, Protocol):
+    """A pyramid that `train_tokenizer` can train."""
+
+    def learn(self, f: Tensor, schedule: Schedule, keep: Kept, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+        """Quantize `f` [B, C, H, W] with a gradient. beta, entropy: weights of what its loss may consist of: features follow
+        codes, and tokens that are sure and used alike."""
+
+    def upkeep(self) -> Upkeep | None:
+        """What keeps its codes in use; None where nothing needs it."""
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Content to feature maps and back, around a pyramid. stride: extent of the content for each cell of the feature map."""
+    """Content to feature maps and back, around a pyramid. channels: of the content. stride: extent of the content for each
+    cell of the feature map."""
 
     pyramid: Pyramid
+    channels: int
     stride: int
 
     def features(self, content: Tensor) -> Tensor:
@@ -99,6 +177,20 @@ class Tokenizer(Protocol):
 
     def f_hat(self, tokens: Sequence[Tokens], schedule: Schedule) -> Tensor:
         """The sum of the token maps of the first scales."""
+
+
+@runtime_checkable
+class TrainableTokenizer(Tokenizer, Protocol):
+    """A tokenizer that `train_tokenizer` can train. networks: those that `compile` compiles. last_weight: of the decoder's
+    last layer, where gradients of losses are compared."""
+
+    pyramid: TrainablePyramid
+
+    @property
+    def networks(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def last_weight(self) -> Tensor: ...
 
 
 # ---- what the model is told --------------------------------------------------------------------------------------------
@@ -301,11 +393,15 @@ class Output(Protocol):
     def shape(self, schedule: Schedule, stride: int) -> tuple[int, ...]:
         """Shape of one, without the batch."""
 
+    def fit(self, content: Tensor, like: Tensor) -> Tensor:
+        """Content at the size of other content: a pyramid without a running sum decodes a coarse scale to less."""
+
     def finish(self, decoded: Tensor) -> Tensor:
         """What a user gets of what a decoder made: clamped, for example."""
 
     def pictures(self, content: Tensor) -> Tensor | None:
-        """Something to look at, float [B, 3 or 1 or 4, H, W] in [-1, 1], or None."""
+        """Something to look at, float [B, 3 or 1 or 4, H, W] in [-1, 1], with the content's gradient; None where there is
+        nothing. Perceptual distances and discriminators look at it too."""
 
     def measure(self, content: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """How near to the reference each is, by name, [B] each; the first one is the score, higher is better."""

@@ -97,6 +97,26 @@ class Team:
             dist.all_reduce(values)
         return values
 
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over the team, without a gradient; alone, the values themselves."""
+        return values if self.size == 1 else self.sum_(values.detach().clone().contiguous()) / self.size
+
+    def average_with_gradient(self, values: Tensor) -> Tensor:
+        """The mean over the team, whose gradient goes to all of it; alone, the values themselves."""
+        if self.size == 1:
+            return values
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(values.contiguous()) / self.size
+
+    def all_rows(self, values: Tensor) -> Tensor:
+        """The rows of all processes behind each other, as many of each; alone, the values themselves."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
     def share_(self, values: Tensor) -> Tensor:
         """The leader's values, in place."""
         if self.size > 1:

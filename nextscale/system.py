@@ -19,6 +19,7 @@ from nextscale.output import Images
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.tokenizer.pyramid import teacher_inputs
+from nextscale.tokens import Tokens, each, first_tensor
 
 # What is told of images: class names, class numbers or texts, None for nothing, one entry each; or several such lists by name.
 Labels = Sequence[Any] | Tensor | str | int | None | Mapping[str, Any]
@@ -217,10 +218,10 @@ def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> 
 
 
 @torch.no_grad()
-def decode(system: System, tokens: Sequence[Tensor], schedule: Schedule | None = None) -> Tensor:
+def decode(system: System, tokens: Sequence[Tokens], schedule: Schedule | None = None) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of the token maps of all scales, or of any first ones.
 
-    A token map holds ids [B, l_k], or soft weights over the codebook [B, l_k, V].
+    A token map holds ids [B, l_k], or soft weights over the codebook (`ns.Soft`, [B, l_k, V]).
     """
     schedule = schedule or system.schedule
     tokens = _checked(system, tokens, schedule)
@@ -228,21 +229,21 @@ def decode(system: System, tokens: Sequence[Tensor], schedule: Schedule | None =
 
 
 @torch.no_grad()
-def logits(system: System, tokens: Sequence[Tensor], labels: Labels, schedule: Schedule | None = None) -> Tensor:
+def logits(system: System, tokens: Sequence[Tokens], labels: Labels, schedule: Schedule | None = None) -> Tensor:
     """Teacher-forced logits float32 [B, L, V] (of bits [B, L, d, 2]) of given token maps (all scales, or any first ones)
     under labels."""
     schedule = schedule or system.schedule
     return teacher_logits(system, _checked(system, tokens, schedule), system.condition(labels), schedule)
 
 
-def _checked(system: System, tokens: Sequence[Tensor], schedule: Schedule) -> list[Tensor]:
-    lengths = [token_map.shape[1] for token_map in tokens]
+def _checked(system: System, tokens: Sequence[Tokens], schedule: Schedule) -> list[Tokens]:
+    lengths = [first_tensor(token_map).shape[1] for token_map in tokens]
     if not lengths or tuple(lengths) != schedule.lengths[: len(lengths)]:
         raise ValueError(f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {lengths}")
-    return [token_map.to(system.device) for token_map in tokens]
+    return [each(lambda part: part.to(system.device), token_map) for token_map in tokens]
 
 
-def teacher_logits(system: System, tokens: list[Tensor], condition: Condition, schedule: Schedule) -> Tensor:
+def teacher_logits(system: System, tokens: Sequence[Tokens], condition: Condition, schedule: Schedule) -> Tensor:
     """Logits of all given scales at once, float32 [B, l, V] (of bits [B, l, d, 2])."""
     inputs = teacher_inputs(system.tokenizer.pyramid, tokens, schedule)
     model = system.need_model()

@@ -19,6 +19,16 @@ class Soft(NamedTuple):
     weights: Tensor
 
 
+def whole_numbers(tokens: Tokens, what: str) -> Tensor:
+    """The tokens, which must be ids or bits. Raises ValueError for all else; `what`: their name in it."""
+    if isinstance(tokens, Tensor) and not tokens.is_floating_point():
+        return tokens
+    got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    raise ValueError(
+        f"expected {what} of an integer dtype, got {got}; soft weights over the choices are ns.Soft(weights)"
+    )
+
+
 def each(function: Callable[..., Tensor], *tokens: T) -> T:
     """`function` of each tensor of tokens (of several: of those in the same place), as tokens of the same kind."""
     first = tokens[0]
@@ -35,6 +45,11 @@ def first_tensor(tokens: Tokens) -> Tensor:
 def joined(maps: Sequence[T]) -> T:
     """The token maps of several scales behind each other, [B, l_0 + l_1 + ..., ...]."""
     return each(lambda *parts: torch.cat(parts, dim=1), *maps)
+
+
+def joined_rows(parts: Sequence[T]) -> T:
+    """The token maps of several parts of a batch, one below the other, [B_0 + B_1 + ..., l, ...]."""
+    return each(lambda *some: torch.cat(some), *parts)
 
 
 def split(tokens: T, lengths: Sequence[int]) -> list[T]:

@@ -13,18 +13,19 @@ from small import small
 from torch import Tensor
 
 import nextscale as ns
+from nextscale.contracts import Encoded
 from nextscale.data.openmoji import EmojiDataset, EmojiRow
 from nextscale.encoded import encode_images
 from nextscale.evaluation import report as report_module
 from nextscale.evaluation.curves import plot_run, read_metrics
 from nextscale.evaluation.likelihood import frequency_cross_entropy, scale_counts, unigram_entropy
 from nextscale.evaluation.neighbours import base_groups, diversity, nearest, summary
-from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer, psnr
+from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.evaluation.report import evaluate
+from nextscale.output import psnr
 from nextscale.recipes.generators import var
 from nextscale.schedule import Schedule
 from nextscale.system import System
-from nextscale.tokenizer.pyramid import Encoded
 
 CLASSES = ("animals", "food", "cat")
 SIZES = (1, 2)  # 16 px
@@ -133,7 +134,7 @@ class EveryCode:
     """A stand-in for a tokenizer: all codes equally often, and images that are off by a known amount."""
 
     def __init__(self, codes: int, errors: list[float]) -> None:
-        self.pyramid = SimpleNamespace(codes=codes, limit=lambda k: codes)
+        self.pyramid = SimpleNamespace(codes=codes, limit=lambda k: codes, choices=lambda tokens: tokens)
         self.errors = errors
 
     def encode(self, images: Tensor, schedule: Schedule) -> Encoded:

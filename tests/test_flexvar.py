@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small import parts
 
 import nextscale as ns
+from nextscale.contracts import Kept
 from nextscale.draws import Draws
 from nextscale.encoded import Choices, EncodedImages
 from nextscale.model.positions import ResizedPositions
@@ -131,7 +132,7 @@ def test_every_scale_of_an_image_at_one_size():
 def test_loss_of_the_codebook():
     io, expected, pyramid = part("io", "vqloss."), numbers()["vqloss"], system("A").tokenizer.pyramid
     f = io["f"].clone().requires_grad_(True)
-    size, keep = Schedule((tuple(f.shape[2:]),)), torch.ones(len(f), 1, dtype=torch.bool)
+    size, keep = Schedule((tuple(f.shape[2:]),)), Kept(torch.ones(len(f), 1, dtype=torch.bool))
     alone, both = pyramid.learn(f, size, keep, beta=0), pyramid.learn(f, size, keep)
     sure = pyramid.learn(f, size, keep, entropy=0.1)
     terms = [alone.loss, both.loss - alone.loss, sure.loss - both.loss]
@@ -148,7 +149,7 @@ def test_loss_of_the_codebook():
 def test_learning_is_encoding_and_passes_gradients_straight():
     pyramid = system("A").tokenizer.pyramid
     f = features().clone().requires_grad_(True)
-    keep = torch.ones(len(f), 1, dtype=torch.bool)
+    keep = Kept(torch.ones(len(f), 1, dtype=torch.bool))
     lesson, encoded = pyramid.learn(f, Schedule.squares(8), keep), pyramid.encode(f, Schedule.squares(8))
     assert torch.equal(lesson.tokens[0], encoded.tokens[0])
     torch.testing.assert_close(lesson.f_hat, encoded.f_hats[0], **EXACT)
@@ -168,7 +169,7 @@ def test_codes_without_unit_length_and_weights_over_codes():
         pyramid = flexvar.PlainPyramid(flexvar.PlainSettings(codebook_size=9, code_dim=4, unit=unit))
         f_hat = pyramid.start(2, schedule)
         hard = pyramid.add(f_hat, tokens, 0, schedule)
-        torch.testing.assert_close(pyramid.add(f_hat, F.one_hot(tokens, 9).float(), 0, schedule), hard)
+        torch.testing.assert_close(pyramid.add(f_hat, ns.Soft(F.one_hot(tokens, 9).float()), 0, schedule), hard)
 
 
 def test_corrupt_changes_the_next_input_alone():
@@ -573,7 +574,7 @@ def test_dropped_scales_teach_the_decoder_smaller_images():
     pyramid, schedule = system("A").tokenizer.pyramid, Schedule.squares(2, 4, 8)
     f = features().clone().requires_grad_(True)
     for last, side in enumerate((2, 4, 8)):
-        keep = torch.arange(3) <= torch.full((len(f), 1), last)
+        keep = Kept(torch.arange(3) <= torch.full((len(f), 1), last))
         lesson, encoded = pyramid.learn(f, schedule, keep), pyramid.encode(f, schedule)
         assert lesson.f_hat.shape[2:] == (side, side)
         assert all(torch.equal(a, b) for a, b in zip(lesson.tokens, encoded.tokens, strict=True))

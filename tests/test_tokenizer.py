@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nextscale.contracts import Kept, TrainablePyramid
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.autoencoder import AutoencoderSettings, Decoder, Encoder
+from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.codebook import Codebook
+from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokens import Soft
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -25,7 +29,25 @@ def test_nearest_is_the_brute_force_answer(cosine):
     assert torch.equal(book.nearest(x), expected)
     assert torch.equal(book.embed(expected), book.weight[expected])
     one_hot = F.one_hot(expected, 17).float()
-    torch.testing.assert_close(book.embed(one_hot), book.embed(expected))
+    torch.testing.assert_close(book.embed(Soft(one_hot)), book.embed(expected))
+
+
+@pytest.mark.parametrize(
+    "pyramid, tokens",
+    [
+        (ResidualPyramid(PyramidSettings(codebook_size=4, code_dim=2), 1), torch.zeros(1, 4, 4)),
+        (PlainPyramid(PlainSettings(codebook_size=4, code_dim=2)), torch.zeros(1, 4, 4)),
+        (BitPyramid(2), torch.zeros(1, 4, 2, 2)),
+    ],
+)
+def test_floats_are_soft_weights_only_if_they_say_so(pyramid, tokens):
+    schedule = Schedule.squares(2)
+    assert isinstance(pyramid, TrainablePyramid)
+    f_hat = pyramid.start(1, schedule, "cpu")
+    assert pyramid.add(f_hat, Soft(tokens), 0, schedule).shape == f_hat.shape
+    for use in (lambda: pyramid.add(f_hat, tokens, 0, schedule), lambda: pyramid.choices(tokens)):
+        with pytest.raises(ValueError, match=r"of an integer dtype, got torch.float32; .* ns.Soft"):
+            use()
 
 
 def test_phi_choice_of_the_published_schedule():
@@ -78,7 +100,7 @@ def test_entropy_term_makes_codes_alike_in_use():
     with torch.no_grad():
         pyramid.codebook.weight.copy_(torch.tensor([[0.0, 0.0], [0.3, 0.0]]))
     f = (0.05 * torch.randn(4, 2, 2, 2)).requires_grad_()
-    schedule, keep = Schedule.squares(2), torch.ones(4, 1, dtype=torch.bool)
+    schedule, keep = Schedule.squares(2), Kept(torch.ones(4, 1, dtype=torch.bool))
     plain, sure = (pyramid.learn(f, schedule, keep, entropy=e) for e in (0.0, 1.0))
     assert torch.equal(plain.f_hat, sure.f_hat)
     gradient, codes = torch.autograd.grad(sure.loss - plain.loss, (f, pyramid.codebook.weight))

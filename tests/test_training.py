@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 import nextscale as ns
 from nextscale import encoded
 from nextscale.checkpoint import save_weights
+from nextscale.contracts import Kept
 from nextscale.data.transforms import AugmentSettings
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
@@ -108,8 +109,9 @@ def test_limited_scales_use_their_first_codes_and_start_with_all_of_them():
     limits = (2, 8, 32, 32)
     system = tiny(pyramid=var.PyramidSettings(codebook_size=32, code_dim=8, limits=limits, standardize=True))
     task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(), None, first_images)
-    assert sum(task.new_codes()) == 32 and task.new_codes()[:2] == [2, 6]
-    task.init_codes(first_images(), generator_for(0, 0))
+    shares = task.upkeep.shares(system.schedule)
+    assert sum(shares) == 32 and shares[:2] == [2, 6]
+    task.first_codes(first_images(), generator_for(0, 0))
     assert (system.tokenizer.pyramid.codebook.weight.abs().sum(dim=1) > 1e-2).all()
     tokens = ns.encode(system, first_images())
     for token_map, limit in zip(tokens, limits, strict=True):
@@ -118,7 +120,7 @@ def test_limited_scales_use_their_first_codes_and_start_with_all_of_them():
     # A dead code goes to a scale that may use it.
     task.module.get_buffer("usage")[:, :-1] = 1 / 31
     lesson = system.tokenizer.pyramid.learn(
-        system.tokenizer.features(first_images()), system.schedule, torch.ones(24, 4, dtype=torch.bool)
+        system.tokenizer.features(first_images()), system.schedule, Kept(torch.ones(24, 4, dtype=torch.bool))
     )
     with torch.no_grad():
         system.tokenizer.pyramid.codebook.weight[-1] = 99.0
@@ -133,7 +135,7 @@ def test_scale_dropout_by_prefix_and_one_by_one():
     for drop in ("prefix", "independent", "single"):
         loss = TokenizerLoss(drop=drop, drop_scales=0.5, drop_from=2)
         task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
-        keep = task.kept_scales(Draws(generator_for(0, 0), 4000))[0]
+        keep = task.kept_scales(Draws(generator_for(0, 0), 4000)).whole
         assert keep[:, :2].all()
         share = keep.float().mean(dim=0).tolist()
         # prefix: n is 2, 3 or 4 alike; independent: even odds, and the last stays; single: one of the last two
@@ -201,7 +203,7 @@ def test_compiled_training_is_close_to_the_plain_one(tmp_path):
 def test_standardized_residuals_follow_the_data():
     system = tiny(pyramid=var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True))
     task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(), None, first_images)
-    task.init_codes(first_images(), generator_for(0, 0))
+    task.first_codes(first_images(), generator_for(0, 0))
     pyramid = system.tokenizer.pyramid
     with torch.no_grad():
         f = system.tokenizer.features(first_images())
@@ -211,7 +213,7 @@ def test_standardized_residuals_follow_the_data():
         torch.testing.assert_close(first.std(0), torch.ones(8), atol=1e-4, rtol=0)
         moved = [2 * residual + 3 for residual in residuals]
         for _ in range(1500):
-            task.follow(moved)
+            task.upkeep.follow(moved, task.team.average)
         for k, residual in enumerate(moved):
             rows = pyramid.standardized(residual, k).flatten(0, 1)
             torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-2, rtol=0)
@@ -529,12 +531,12 @@ def test_scale_dropout_keeps_prefixes():
     loss = TokenizerLoss(drop_scales=1.0, drop_from=2)
     system = tiny()
     task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, loss, None, first_images)
-    keep = task.kept_scales(Draws(generator_for(0, 0), 500))[0]
+    keep = task.kept_scales(Draws(generator_for(0, 0), 500)).whole
     counts = keep.sum(dim=1)
     assert set(counts.tolist()) == {2, 3, 4}
     assert torch.equal(keep, torch.arange(4) < counts[:, None])
     none = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(drop_scales=0.0), None, first_images)
-    assert none.kept_scales(Draws(generator_for(0, 0), 50))[0].all()
+    assert none.kept_scales(Draws(generator_for(0, 0), 50)).whole.all()
 
 
 def test_codes_start_from_data_and_dead_ones_come_back():
@@ -542,7 +544,7 @@ def test_codes_start_from_data_and_dead_ones_come_back():
     task = TokenizerTask(system.tokenizer, system.schedule, CONFIG, TokenizerLoss(), None, first_images)
     images = first_images()
     codes = system.tokenizer.pyramid.codebook.weight
-    task.init_codes(images, generator_for(0, 0))
+    task.first_codes(images, generator_for(0, 0))
     with torch.no_grad():
         tokens = system.tokenizer.encode(images, system.schedule).tokens
         task.count(tokens)

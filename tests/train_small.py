@@ -1,6 +1,6 @@
 """Trains a tiny system on coloured squares into a folder: what several processes run, started by torchrun.
 
-python tests/train_small.py tokenizer|generator OUT [name=value of TrainConfig ...]
+python tests/train_small.py tokenizer|adversarial|flexvar|generator OUT [name=value of TrainConfig ...]
 """
 
 import os
@@ -18,12 +18,27 @@ from test_training import Squares
 import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.processes import end_process
-from nextscale.recipes.generators import var
+from nextscale.recipes.generators import flexvar, var
 from nextscale.training import fit as loop
 from nextscale.training.config import TokenizerLoss, TrainConfig
 
-# No dropout: its draws belong to processes. No adversarial term: its batch norm sees one process's images.
-LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=0)
+# No dropout: its draws belong to processes.
+LOSS = TokenizerLoss(quantize_start=0.2, drop_scales=0.5, restart_every=4)
+LOSSES = {
+    "tokenizer": LOSS,
+    "adversarial": LOSS.model_copy(
+        update={
+            "adversarial": 0.5,
+            "adversarial_start": 0.3,
+            "discriminator_width": 8,
+            "lecam": 0.1,
+            "consistency": 1.0,
+            "augment_pairs": True,
+            "adaptive_ema": 0.9,
+        }
+    ),
+    "flexvar": LOSS.model_copy(update={"drop_from": 0}),
+}
 
 
 def main(kind: str, out: str, *settings: str) -> None:
@@ -39,14 +54,17 @@ def main(kind: str, out: str, *settings: str) -> None:
     config = TrainConfig.model_validate(
         {"steps": 12, "batch_size": 8, "lr": 1e-4, "warmup": 2, "ema": 0.9} | often | changes
     )
-    pyramid = var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)
-    system = var.build(small(num_classes=3, pyramid=pyramid), seed=3)
-    data, val = Squares(size=64), Squares(8, seed=1)
+    if kind == "flexvar":
+        system, data, val = flexvar.build(flexvar.tiny(), seed=3, model=False), Squares(size=128), Squares(8, size=64)
+    else:
+        pyramid = var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)
+        system = var.build(small(num_classes=3, pyramid=pyramid), seed=3)
+        data, val = Squares(size=64), Squares(8, seed=1)
     augmentation = AugmentSettings(hue=0)
     loop.set_rates = set_rates
     try:
-        if kind == "tokenizer":
-            ns.train_tokenizer(system, data, config, out=out, val=val, loss=LOSS, augmentation=augmentation)
+        if kind in LOSSES:
+            ns.train_tokenizer(system, data, config, out=out, val=val, loss=LOSSES[kind], augmentation=augmentation)
         else:
             ns.train_model(system, data, config, out=out, val=val, augmentation=augmentation, views=2)
     except SystemExit as end:

@@ -138,7 +138,7 @@ def reconstruct(
     import torch
 
     from nextscale.data.images import save_images
-    from nextscale.evaluation.reconstruction import at_size
+    from nextscale.output import at_size
 
     if not images:
         raise ValueError("reconstruct needs at least one image file; try `nextscale reconstruct dog.png`")
@@ -219,7 +219,7 @@ def generate(
     import torch
     from tqdm import tqdm
 
-    from nextscale.evaluation.reconstruction import at_size
+    from nextscale.output import at_size
     from nextscale.sampling.loop import stepper_of
 
     stepper, schedule = stepper_of(system), options.get("schedule") or system.schedule

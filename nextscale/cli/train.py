@@ -11,6 +11,7 @@ from nextscale.checkpoint import load
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
+from nextscale.schedule import Schedule
 from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import Relabelled, with_classes
@@ -270,14 +271,13 @@ def encode_command(drawings: bool) -> Callable[..., None]:
 
 def checked_sizes(base: System, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Other scales than those that a tokenizer was trained with, if it can have them."""
-    if getattr(base.tokenizer.pyramid, "std", None) is not None:
-        raise ValueError(
-            "--sizes: this tokenizer standardizes the residuals of each of its own scales, so it has no others; train it with "
-            "--system.pyramid.no-standardize"
-        )
     last = base.schedule[-1]
     if last != (sizes[-1], sizes[-1]):
         raise ValueError(f"--sizes must end with that of the feature map, {last[0]}, got {sizes[-1]}")
+    try:
+        base.tokenizer.pyramid.check_scales(Schedule.squares(*sizes), base.schedule)
+    except ValueError as error:
+        raise ValueError(f"--sizes: {error}") from error
     return sizes
 
 
@@ -303,7 +303,7 @@ def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> 
 def load_data(data: str, system: System, oversample: int, augmentation: AugmentSettings) -> tuple[Any, Any]:
     """Images for a system: those for training (`train`, `classes`) at `oversample` times the size that augmentation wants, and
     those held out at the system's."""
-    size, channels = system.image_size, system.tokenizer.encoder.image_channels
+    size, channels = system.image_size, system.tokenizer.channels
     height, width = augmentation.read_size(size)
     larger = height * oversample, width * oversample
     if data == DATA:

@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back, scale by scale, and how much of its codebook each scale uses."""
+"""How well a tokenizer gives content back, scale by scale, and how much of its codes each scale uses."""
 
 from __future__ import annotations
 
@@ -6,91 +6,91 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nextscale.contracts import Output, Tokenizer
+from nextscale.output import Images, decibel
 from nextscale.schedule import Schedule
-from nextscale.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """One entry a scale, after decoding the scales up to and including it."""
+    """One entry a scale, after decoding the scales up to and including it. Without ids or bits the last three are empty."""
 
-    psnr: list[float]  # dB, mean over images of the PSNR of each
+    measures: dict[str, list[float]]  # means over the data of what the output measures; the first one is the score
     perplexity: list[float]  # exp of the entropy of the codes' shares at the scale (of bits: of their mean entropy)
     attainable: list[int]  # the largest perplexity possible: min(codes of the scale, its tokens in the data)
     used: list[float]  # share of the codebook that occurs at the scale
-    mse: list[float]  # mean over images, of values in [-1, 1]
+
+    @property
+    def psnr(self) -> list[float]:
+        """Of images: dB, mean over images of the PSNR of each."""
+        return self.measures["psnr"]
+
+    @property
+    def mse(self) -> list[float]:
+        """Of images: mean over images, of values in [-1, 1]."""
+        return self.measures["mse"]
 
     @property
     def psnr_of_mean(self) -> list[float]:
         """PSNR in dB of the mean square error over all images; at most the mean PSNR, for bad images weigh more."""
-        return _decibel(torch.tensor(self.mse, dtype=torch.double)).tolist()
+        return decibel(torch.tensor(self.mse, dtype=torch.double)).tolist()
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for the log."""
-        lists = {"psnr": self.psnr, "perplexity": self.perplexity, "used": self.used}
-        return {"psnr": self.psnr[-1]} | {f"{n}/{k}": v for n, values in lists.items() for k, v in enumerate(values)}
-
-
-def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image; both [B, 3, H, W] in [-1, 1] (peak 2). Returns [B]."""
-    return _decibel(_mse(images, references))
-
-
-def _mse(images: Tensor, references: Tensor) -> Tensor:
-    return (images.clamp(-1, 1) - references).square().flatten(1).mean(dim=1)
-
-
-def _decibel(mse: Tensor) -> Tensor:
-    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+        """Flat names for the log; the first one is the score after the last scale."""
+        score = next(iter(self.measures))
+        lists = self.measures | {"perplexity": self.perplexity, "used": self.used}
+        flat = {f"{name}/{k}": value for name, values in lists.items() for k, value in enumerate(values)}
+        return {score: self.measures[score][-1]} | flat
 
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: Tokenizer, data: Dataset, schedule: Schedule, device: torch.device | str = "cpu", batch_size: int = 64
+    tokenizer: Tokenizer,
+    data: Dataset,
+    schedule: Schedule,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    output: Output = Images(),
 ) -> TokenizerReport:
-    """PSNR after each scale, and the use of the codebook by each, over a whole data set."""
-    codes = tokenizer.pyramid.codes
-    errors: list[list[Tensor]] = [[] for _ in schedule.sizes]
-    counts: list[Tensor] | None = None
-    images_seen = 0
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=lambda items: [item["image"] for item in items]):
-        images = torch.stack(batch).to(device)
-        encoded = tokenizer.encode(images, schedule)
-        images_seen += len(images)
+    """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is."""
+    pyramid = tokenizer.pyramid
+    found: list[dict[str, list[Tensor]]] = [{} for _ in schedule.sizes]
+    counts: list[Tensor] = []
+    seen = 0
+    for batch in DataLoader(
+        data, batch_size=batch_size, collate_fn=lambda items: [item[output.field] for item in items]
+    ):
+        content = torch.stack(batch).to(device)
+        encoded = tokenizer.encode(content, schedule)
+        seen += len(content)
         for k, f_hat in enumerate(encoded.f_hats):
-            errors[k].append(_mse(at_size(tokenizer.decode(f_hat), images.shape[-2:]), images).cpu())
-        found = code_counts(encoded.tokens, codes)
-        counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
-    if counts is None:
+            decoded = output.finish(output.fit(tokenizer.decode(f_hat), content))
+            for name, values in output.measure(decoded, content).items():
+                found[k].setdefault(name, []).append(values.cpu())
+        choices = [pyramid.choices(token_map) for token_map in encoded.tokens]
+        new = code_counts([choice for choice in choices if choice is not None], pyramid.codes)
+        counts = [a + b for a, b in zip(counts, new, strict=True)] if counts else new
+    if not seen:
         raise ValueError("the data has no images; nothing can be judged")
     shares = [count / count.sum(dim=1, keepdim=True) for count in counts]
     return TokenizerReport(
-        psnr=[float(_decibel(torch.cat(values)).mean()) for values in errors],
+        measures={name: [float(torch.cat(of_scale[name]).mean()) for of_scale in found] for name in found[0]},
         perplexity=[float(torch.special.entr(share).sum(dim=1).mean().exp()) for share in shares],
-        attainable=[min(tokenizer.pyramid.limit(k), images_seen * n) for k, n in enumerate(schedule.lengths)],
+        attainable=[min(pyramid.limit(k), seen * n) for k, n in enumerate(schedule.lengths)] if counts else [],
         used=[float((count > 0).float().mean()) for count in counts],
-        mse=[float(torch.cat(values).mean()) for values in errors],
     )
 
 
-def code_counts(tokens: list[Tensor], codes: int) -> list[Tensor]:
+def code_counts(choices: Sequence[Tensor], codes: int) -> list[Tensor]:
     """How often each code occurs in the token maps of each scale, float64 [1, V]; of bits [B, l, d] each bit on its own,
     [d, 2]."""
     counts = []
-    for token_map in tokens:
-        columns = token_map.flatten(0, 1).long().cpu().view(token_map.shape[0] * token_map.shape[1], -1)  # [n, 1 or d]
+    for chosen in choices:
+        columns = chosen.flatten(0, 1).long().cpu().view(chosen.shape[0] * chosen.shape[1], -1)  # [n, 1 or d]
         places = columns + codes * torch.arange(columns.shape[1])
         count = torch.bincount(places.flatten(), minlength=codes * columns.shape[1])
         counts.append(count.double().view(columns.shape[1], codes))
     return counts
-
-
-def at_size(decoded: Tensor, size: Sequence[int]) -> Tensor:
-    """Decoded images at the size (h, w): pyramids without a running sum decode a coarse scale to a small image."""
-    if tuple(decoded.shape[-2:]) == tuple(size):
-        return decoded
-    return F.interpolate(decoded.clamp(-1, 1), size=tuple(size), mode="bicubic", antialias=True)

@@ -34,9 +34,10 @@ from nextscale.evaluation.likelihood import (
     unigram_entropy,
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
-from nextscale.evaluation.reconstruction import at_size, evaluate_tokenizer, psnr
+from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.features import Lite0
 from nextscale.files import atomic_write
+from nextscale.output import at_size, psnr
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
 from nextscale.system import System

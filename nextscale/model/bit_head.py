@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.draws import Draws
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.tokens import Soft, Tokens, each
 
 
 class BitHead(nn.Module):
@@ -62,9 +63,10 @@ class BitHead(nn.Module):
         return flat.view(targets.shape)
 
     def sample(
-        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tensor], generators: Any
-    ) -> Tensor:
-        """Bits uint8 [B, l, d] (or soft weights [B, l, d, 2]) of hidden states [rows, l, D]: one choice a bit."""
+        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tokens], generators: Any
+    ) -> Tokens:
+        """Bits uint8 [B, l, d] (or soft weights of both values) of hidden states [rows, l, D]: one choice a bit."""
         logits = combine(self(h))  # [B, l, d, 2]
-        picked = pick(logits.flatten(1, 2), generators).unflatten(1, logits.shape[1:3])
-        return picked if picked.is_floating_point() else picked.to(torch.uint8)
+        picked = pick(logits.flatten(1, 2), generators)
+        by_bit = each(lambda choice: choice.unflatten(1, logits.shape[1:3]), picked)
+        return by_bit if isinstance(by_bit, Soft) else each(lambda bits: bits.to(torch.uint8), by_bit)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nextscale.draws import Draws
 from nextscale.model.lean import Linear
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.tokens import Tokens
 
 
 class SoftmaxHead(nn.Module):
@@ -54,7 +55,7 @@ class SoftmaxHead(nn.Module):
         return flat.view(targets.shape)
 
     def sample(
-        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tensor], generators: Any
-    ) -> Tensor:
+        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tokens], generators: Any
+    ) -> Tokens:
         """Tokens of hidden states [rows, l, D]: logits, branches combined to [B, l, V], one choice a token."""
         return pick(combine(self(h)), generators)

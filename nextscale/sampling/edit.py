@@ -20,6 +20,7 @@ from nextscale.sampling.loop import OnScale, sample
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System, encode
+from nextscale.tokens import Soft, Tokens, each
 
 Box = Sequence[float] | Tensor
 
@@ -142,12 +143,13 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
                 "make them with `ns.encode` and `nextscale.sampling.edit.keep_masks`"
             )
 
-    def __call__(self, tokens: Tensor, k: int) -> Tensor:
+    def __call__(self, tokens: Tokens, k: int) -> Tokens:
         source, keep = self.source[k], self.keep[k]
-        if tokens.is_floating_point():  # soft weights [B, l_k, V]: all the weight on the source's token
-            one_hot = F.one_hot(source, tokens.shape[-1]).to(tokens.dtype)
-            return torch.where(keep[..., None], one_hot, tokens)
-        return torch.where(keep[..., None] if source.ndim > keep.ndim else keep, source, tokens)
+        if isinstance(tokens, Soft):  # all the weight on the source's choice
+            weights = tokens.weights  # [B, l_k, V], of bits [B, l_k, d, 2]
+            one_hot = F.one_hot(source.long(), weights.shape[-1]).to(weights.dtype)
+            return Soft(_where(keep, one_hot, weights))
+        return each(lambda kept, drawn: _where(keep, kept, drawn), source, tokens)
 
     def select(self, rows: Tensor) -> keep_tokens:
         """The edit of chosen images, for `State.select`; a single row goes on to serve all."""
@@ -156,6 +158,11 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
             return [t if len(t) == 1 else t[rows] for t in maps]
 
         return keep_tokens(chosen(self.source), chosen(self.keep))
+
+
+def _where(keep: Tensor, kept: Tensor, drawn: Tensor) -> Tensor:
+    """One or the other for each token, whatever a token is; keep [B, l], the others [B, l, ...]."""
+    return torch.where(keep.view(*keep.shape, *[1] * (drawn.ndim - keep.ndim)), kept, drawn)
 
 
 def keep_masks(keep: Tensor, schedule: Schedule, *, keep_coarsest: bool = True) -> list[Tensor]:
@@ -256,7 +263,7 @@ def _prepare(
     """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
     system.need_model()
     height, width = system.image_size
-    channels = system.tokenizer.encoder.image_channels
+    channels = system.tokenizer.channels
     if x.ndim != 4 or tuple(x.shape[1:]) != (channels, height, width) or not x.is_floating_point():
         raise ValueError(
             f"expected float images [B, {channels}, {height}, {width}] in [-1, 1], got {x.dtype} {list(x.shape)}; read them "

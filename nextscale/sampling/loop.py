@@ -55,7 +55,7 @@ class ScaleByScale:
             schedule=schedule,
             guidance=guidance,
             pick=options.pick or defaults["pick"],
-            f_hat=system.tokenizer.pyramid.start(batch, schedule),
+            f_hat=system.tokenizer.pyramid.start(batch, schedule, system.device),
             prepared=prepared,
             cache=model.new_cache(prepared, schedule),
             branches=branches,

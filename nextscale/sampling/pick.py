@@ -1,6 +1,6 @@
 """Picking: one token for each position of the logits.
 
-A pick is any `(logits [B, l, V], generators) -> tokens`: ids [B, l], or soft weights over the codebook [B, l, V].
+A pick is any `(logits [B, l, V], generators) -> tokens`: ids [B, l], or soft weights over the codebook (`Soft`, [B, l, V]).
 `generators` is a list with one generator an image, so that the noise belongs to the image and not to its place in a batch;
 or one generator for all, which draws in the reference's order. A pick that changes from scale to scale has
 `at(schedule, k)`, which returns the pick of that scale.
@@ -18,6 +18,7 @@ from torch import Tensor
 from nextscale.contracts import Generators, Pick
 from nextscale.sampling.guidance import at_scale
 from nextscale.schedule import Schedule
+from nextscale.tokens import Soft
 
 
 class ScalePick(Protocol):
@@ -71,14 +72,14 @@ class gumbel_soft:  # noqa: N801 - reads as the function that it is to its users
         progress = schedule.progress(k)
         temperature = max(0.27 * (1 - progress * 0.95), 0.005)
 
-        def pick(logits: Tensor, generators: Generators) -> Tensor:
+        def pick(logits: Tensor, generators: Generators) -> Soft:
             logits = filter_logits(logits, self.k, self.p)
             multinomial(logits, generators)
             if isinstance(generators, torch.Generator):
                 noise = _gumbel(logits, generators)
             else:
                 noise = torch.stack([_gumbel(row, g) for row, g in zip(logits, generators, strict=True)])
-            return ((logits * (1 + progress) + noise) / temperature).softmax(dim=-1)
+            return Soft(((logits * (1 + progress) + noise) / temperature).softmax(dim=-1))
 
         return pick
 

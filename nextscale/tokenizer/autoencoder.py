@@ -91,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, settings: AutoencoderSettings, latent: int) -> None:
         super().__init__()
         widths = [settings.width * m for m in settings.multipliers]
-        self.patch, self.image_channels = settings.patch, settings.image_channels
+        self.patch = settings.patch
         self.conv_in = nn.Conv2d(settings.image_channels * settings.patch**2, settings.width, 3, padding=1)
         levels = []
         c_in = settings.width

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.tokens import Soft, Tokens, whole_numbers
+
 
 class Codebook(nn.Module):
     """V learned vectors of C channels.
@@ -29,11 +31,16 @@ class Codebook(nn.Module):
                 ids = torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2).argmin(dim=1)
         return ids.view(x.shape[:-1])
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Vectors of ids [B, l] or of soft weights over the codebook [B, l, V] -> [B, l, C]."""
-        if tokens.is_floating_point():
-            return tokens.to(self.weight.dtype) @ self.weight
-        return F.embedding(tokens, self.weight)
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Vectors [B, l, C] of ids [B, l], or of soft weights over the codebook."""
+        return embed(tokens, self.weight)
+
+
+def embed(tokens: Tokens, table: Tensor) -> Tensor:
+    """Rows [B, l, C] of a table [V, C] for ids [B, l], or for soft weights over it."""
+    if isinstance(tokens, Soft):
+        return tokens.weights.to(table.dtype) @ table
+    return F.embedding(whole_numbers(tokens, "ids"), table)
 
 
 def indecision(rows: Tensor, codes: Tensor, temperature: float = 0.01) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from nextscale.tokenizer.frozen import Frozen
 from nextscale.tokenizer.lpips import load_exactly, read_weights
 
 SIDE, PATCH = 224, 16
@@ -135,22 +135,18 @@ class DinoDiscriminator(nn.Module):
                 blocks: Any = network.blocks
                 for block in blocks:
                     block.attn.qkv.bias[dim : 2 * dim] = 0
-        self._hidden: Any = (network.eval().requires_grad_(False),)
+        self.network = Frozen(network)
         self.heads = nn.ModuleList(_head(dim) for _ in range(1 + sum(i < depth for i in READ)))
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DinoDiscriminator:
-        self._hidden[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"DinoDiscriminator: expected images [B, 3, H, W] in [-1, 1], got {list(images.shape)}")
         x = (self._sized(images) * 0.5 + 0.5 - self.mean) / self.std
-        return torch.cat([head(h) for head, h in zip(self.heads, self._hidden[0](x), strict=True)], dim=-1).flatten(1)
+        return torch.cat([head(h) for head, h in zip(self.heads, self.network(x), strict=True)], dim=-1).flatten(1)
 
     def _sized(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]

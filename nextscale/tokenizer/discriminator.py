@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Average = Callable[[Tensor], Tensor]
 
-def _norm(kind: str, channels: int) -> nn.Module:
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of several processes: `average` is a tensor's mean over them, with a gradient, and each has
+    as many images. `nn.SyncBatchNorm` does so on GPUs alone."""
+
+    def __init__(self, channels: int, average: Average) -> None:
+        super().__init__(channels)
+        self.average = average
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return super().forward(x)
+        mean = self.average(x.mean(dim=(0, 2, 3)))
+        centred = x - mean[:, None, None]
+        variance = self.average(centred.square().mean(dim=(0, 2, 3)))
+        with torch.no_grad():  # for evaluating, which no training does
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(variance, 0.1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def _norm(kind: str, channels: int, average: Average | None) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(math.gcd(32, channels), channels)
-    norm = nn.BatchNorm2d(channels)
+    norm = nn.BatchNorm2d(channels) if average is None else SharedBatchNorm(channels, average)
     nn.init.normal_(norm.weight, 1.0, 0.02)
     return norm
 
@@ -24,11 +48,16 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions: `layers` of stride 2, then two of stride 1; widths double from `width` up to 8 times. With the
     defaults a logit sees 70 pixels and 64 px give 6x6 logits. norm: "batch" is the published one, and its statistics
     are those of the batch in hand, so real and made images should go in together; "group" treats each image alone,
-    for small batches.
+    for small batches. average: of a tensor over the processes that share a batch (`SharedBatchNorm`); None: there is one.
     """
 
     def __init__(
-        self, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["batch", "group"] = "batch"
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        layers: int = 3,
+        norm: Literal["batch", "group"] = "batch",
+        average: Average | None = None,
     ) -> None:
         super().__init__()
         if norm not in ("batch", "group"):
@@ -41,7 +70,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
             conv = nn.Conv2d(widths[i - 1], widths[i], 4, stride, padding=1, bias=False)  # the norm has the bias
-            modules += [conv, _norm(norm, widths[i]), nn.LeakyReLU(0.2)]
+            modules += [conv, _norm(norm, widths[i], average), nn.LeakyReLU(0.2)]
         modules.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.net = nn.Sequential(*modules)
         for module in self.net:
@@ -79,24 +108,32 @@ def adaptive_weight(
     high: float = 1e4,
     eps: float = 1e-6,
     root: bool = False,
+    average: Average | None = None,
 ) -> Tensor:
     """Weight that gives both losses equal gradients at the decoder's last convolution (VQGAN, Eq. 7), clamped; with `root`
     its square root.
 
     reconstruction_loss includes the perceptual term. No gradient flows through the result; the graphs of both losses
-    are kept for the step's own backward pass.
+    are kept for the step's own backward pass. `average`: of a gradient over the processes that share a batch; None: there is
+    one.
     """
     (wanted,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial_loss, last_layer_weight, retain_graph=True)
+    if average is not None:
+        wanted, given = average(wanted), average(given)
     ratio = wanted.norm() / (given.norm() + eps)
     return (ratio.sqrt() if root else ratio).clamp(low, high).detach()
 
 
-def lecam(real_logits: Tensor, fake_logits: Tensor, averages: Tensor, decay: float = 0.999) -> Tensor:
+def lecam(
+    real_logits: Tensor, fake_logits: Tensor, averages: Tensor, decay: float = 0.999, average: Average | None = None
+) -> Tensor:
     """LeCam regulariser (Tseng et al., CVPR 2021): real logits must not pass the running mean of made ones by much, nor the
-    running mean of real ones the made. `averages` [2] (real, made) is updated in place."""
+    running mean of real ones the made. `averages` [2] (real, made) is updated in place, with the mean over processes
+    (`average`) if several share a batch."""
     with torch.no_grad():
-        averages.lerp_(torch.stack([real_logits.mean(), fake_logits.mean()]).to(averages), 1 - decay)
+        means = torch.stack([real_logits.mean(), fake_logits.mean()]).to(averages)
+        averages.lerp_(means if average is None else average(means), 1 - decay)
     real, fake = averages.clone()
     return F.relu(real_logits - fake).square().mean() + F.relu(real - fake_logits).square().mean()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nextscale.tokenizer.frozen import Frozen
 
 # Output channels of VGG16's convolutions; 0 is a 2x2 maximum. A map is read before each 0 and at the end.
 LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
@@ -44,7 +45,7 @@ class Lpips(nn.Module):
     float32 [B].
 
     Maps are scaled to unit length over the channels; squared differences are weighted, averaged over positions and added
-    up over the five maps. The weights are no parameters of this module and no part of its state.
+    up over the five maps. The weights are no parameters of this module and no part of its state (`Frozen`).
 
     Args:
         vgg: torchvision's `vgg16-397923af.pth`, or any file with its `features.*` entries.
@@ -67,31 +68,27 @@ class Lpips(nn.Module):
             if name not in weights or tuple(weights[name].shape) != shape:
                 got = tuple(weights[name].shape) if name in weights else "nothing"
                 raise ValueError(f"{linear}: expected {name} of shape {shape}, got {got}; use vgg.pth of lpips 0.1")
-        self._hidden: Any = (network.eval().requires_grad_(False), *(weights[name].float() for name in expected))
+        self.network = Frozen(network)
+        self.linear = nn.Module()
+        for i, name in enumerate(expected):
+            self.linear.register_buffer(str(i), weights[name].float(), persistent=False)
         self.shift: Tensor
         self.scale: Tensor
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lpips:
-        network, *weights = self._hidden
-        network._apply(fn, recurse)
-        self._hidden = (network, *(fn(weight) for weight in weights))
-        return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         if images.shape != targets.shape or images.shape[1] != 3:
             raise ValueError(
                 f"LPIPS: expected two equal shapes [B, 3, H, W], got {tuple(images.shape)}, {tuple(targets.shape)}"
             )
-        network, *weights = self._hidden
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
-                wanted = network((targets.float() - self.shift) / self.scale)
-            found = network((images.float() - self.shift) / self.scale)
+                wanted = self.network((targets.float() - self.shift) / self.scale)
+            found = self.network((images.float() - self.shift) / self.scale)
             parts = [
                 (F.normalize(a, eps=1e-10) - F.normalize(b, eps=1e-10)).square().mul(weight).sum(dim=1).mean(dim=(1, 2))
-                for a, b, weight in zip(found, wanted, weights, strict=True)
+                for a, b, weight in zip(found, wanted, self.linear.buffers(), strict=True)
             ]
             return torch.stack(parts).sum(dim=0)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.features import STAGES, Lite0
+from nextscale.tokenizer.frozen import Frozen
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -30,8 +29,8 @@ class Perceptual(nn.Module):
     resize: shorter side to which images are resized first, None for none. Enlarging 64 px to 128 ranks distortions
         nearly the same and costs five times as much, so small images go in as they are; for big ones it saves time.
 
-    The network's weights are no parameters of this module: an optimiser, an average or a checkpoint of the owner never
-    sees them, but they follow `.to(...)`. Gradients flow to the first image only.
+    An optimiser, an average or a checkpoint of the owner never sees the network's weights (`Frozen`). Gradients flow to
+    the first image only.
     """
 
     name = "perceptual_lite0"
@@ -43,11 +42,7 @@ class Perceptual(nn.Module):
         if resize is not None and resize < 1:
             raise ValueError(f"resize: expected a side of at least 1 pixel or None, got {resize}")
         self.layers, self.resize = layers, resize
-        self._network = (Lite0(),)  # a tuple hides it from nn.Module: no parameters, no state, no train()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Perceptual:
-        self._network[0]._apply(fn, recurse)  # what nn.Module does for its children in .to(), .cuda() ...
-        return super()._apply(fn, recurse)
+        self.network = Frozen(Lite0())
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Distance of each pair: two [B, 3, H, W] in [-1, 1] -> float32 [B]."""
@@ -67,4 +62,4 @@ class Perceptual(nn.Module):
             scale = self.resize / min(images.shape[2:])
             size = [round(side * scale) for side in images.shape[2:]]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return [_unit(x) for x in self._network[0](images, self.layers)]
+        return [_unit(x) for x in self.network(images, self.layers)]

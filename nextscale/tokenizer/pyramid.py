@@ -1,7 +1,7 @@
 """The bookkeeping between scales, written once: how token maps add up to a feature map, and what the next scale sees."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from nextscale.contracts import Corrupt, Encoded, Kept, Kind, Lesson, Pyramid, TokenType
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.tokenizer.codebook import Codebook, indecision
+from nextscale.tokenizer.maps import Step, as_map, as_rows, device_of, encoded, pooled, straight_through
+from nextscale.tokenizer.upkeep import CodeUpkeep, Moments
+from nextscale.tokens import Tokens, first_tensor, whole_numbers
 
 
 class PyramidSettings(Settings):
@@ -28,25 +32,6 @@ class PyramidSettings(Settings):
     standardize: bool = Field(
         False, description="standardize the residuals of each scale, so that every scale can use all codes"
     )
-
-
-class Encoded(NamedTuple):
-    """What `encode` returns, one tensor a scale: tokens [B, l_k]; inputs [B, l_k, C] of every scale but the first;
-    f_hats [B, C, H, W] after each scale."""
-
-    tokens: list[Tensor]
-    inputs: list[Tensor]
-    f_hats: list[Tensor]
-
-
-class Lesson(NamedTuple):
-    """What training the tokenizer needs of a feature map: the tokens of each scale; `residuals`, what they stand for
-    [B, l_k, C]; f_hat [B, C, h, w], whose gradient goes straight to the features; the quantizer's loss, a number."""
-
-    tokens: list[Tensor]
-    residuals: list[Tensor]
-    f_hat: Tensor
-    loss: Tensor
 
 
 class Phi(nn.Conv2d):
@@ -71,6 +56,9 @@ class ResidualPyramid(nn.Module):
     few hundred tokens, from which the frequencies of thousands of codes cannot be learned; finer scales make up for it.
     """
 
+    kind: Kind = "ids"
+    token_type: TokenType = None
+
     def __init__(self, settings: PyramidSettings, num_scales: int) -> None:
         super().__init__()
         self.code_dim, self.codes = settings.code_dim, settings.codebook_size
@@ -92,119 +80,122 @@ class ResidualPyramid(nn.Module):
         self.register_buffer("std", torch.ones(shape) if settings.standardize else None)
         self.phi = nn.ModuleList(Phi(settings.code_dim, ratio) for _ in range(count if ratio else 0))
 
-    # ---- the contract: start, add, next_input, encode -------------------------------------------------------------
+    # ---- sampling, and encoding ----------------------------------------------------------------------------------
 
-    def start(self, batch: int, schedule: Schedule) -> Tensor:
+    def start(self, batch: int, schedule: Schedule, device: torch.device | str | None = None) -> Tensor:
         """The empty sum, zeros float32 [B, C, H, W] at the size of the last scale."""
-        weight = self.codebook.weight
-        return torch.zeros(batch, weight.shape[1], *schedule[-1], device=weight.device)
+        return torch.zeros(batch, self.code_dim, *schedule[-1], device=device or device_of(self))
 
-    def add(self, f_hat: Tensor, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
-        """The sum after scale k: `f_hat` [B, C, H, W] plus the token map `tokens` (ids [B, l_k] or weights [B, l_k, V])."""
+    def add(self, f_hat: Tensor, tokens: Tokens, k: int, schedule: Schedule) -> Tensor:
+        """The sum after scale k: `f_hat` [B, C, H, W] plus the token map `tokens` (ids [B, l_k], or soft weights). Alg. 2 of
+        VAR, its body."""
         return f_hat + self.contribution(tokens, k, schedule)
 
     def next_input(self, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the transformer reads at scale k >= 1: the sum so far, reduced to that scale. [B, l_k, C]."""
-        return _area(f_hat, schedule[k]).flatten(2).mT
+        return as_rows(pooled(f_hat, schedule[k]))
 
-    def encode(self, f: Tensor, schedule: Schedule, corrupt: Callable[[Tensor, int], Tensor] | None = None) -> Encoded:
+    def encode(self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None) -> Encoded:
         """Tokens, teacher-forcing inputs and running sums of a feature map [B, C, H, W].
 
         `corrupt(tokens, k)` may replace the tokens that enter the sum; the tokens returned stay the true ones.
         """
-        encoded = Encoded([], [], [])
-        with torch.no_grad():
-            for k, (tokens, f_hat, _) in enumerate(self.walk(f, schedule, corrupt=corrupt)):
-                encoded.tokens.append(tokens)
-                encoded.f_hats.append(f_hat)
-                if k + 1 < len(schedule):
-                    encoded.inputs.append(self.next_input(f_hat, k + 1, schedule))
-        return encoded
+        return encoded(self, self.walk(f, schedule, corrupt=corrupt), schedule)
 
-    def learn(
-        self,
-        f: Tensor,
-        schedule: Schedule,
-        keep: Tensor,
-        *,
-        beta: float = 0.25,
-        entropy: float = 0.0,
-        counts: Tensor | None = None,
-    ) -> Lesson:
-        """Quantize `f` for training the tokenizer; `keep` bool [B, K] drops scales from the sum.
+    def choices(self, tokens: Tokens) -> Tensor:
+        """The tokens, which are ids."""
+        return whole_numbers(tokens, "ids")
+
+    def limit(self, k: int) -> int:
+        """How many of the first codes scale k may use; a scale beyond those that were set may use all."""
+        return self.limits[k] if k < len(self.limits) else self.codes
+
+    def check_scales(self, schedule: Schedule, trained: Schedule) -> None:
+        """Residuals that are standardized know the scales of their training alone; a phi of its own, their number."""
+        if self.moments is not None and schedule.sizes != trained.sizes:
+            raise ValueError(
+                "this tokenizer standardizes the residuals of each of its own scales, so it has no others; train it with "
+                "--system.pyramid.no-standardize"
+            )
+        if self.each and len(schedule) > len(self.phi):
+            raise ValueError(f"this pyramid has one phi for each of {len(self.phi)} scales, got {len(schedule)}")
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def learn(self, f: Tensor, schedule: Schedule, keep: Kept, *, beta: float = 0.25, entropy: float = 0.0) -> Lesson:
+        """Quantize `f` for training the tokenizer; `keep` drops scales from the sum.
 
         The loss is VAR's, on the running sum at every scale: codes follow features and, `beta` times, features follow
         codes; images that drop scale k are left out of its term. The gradient goes straight through the whole sum. `entropy`
         (not in VAR) weighs a term that wants every residual sure of its code and all codes used alike, on the images at hand.
-        `counts` [K]: where `f` is a part of a batch, how many images of the whole keep each scale, times the part's share.
         """
-        keep = keep.to(f)
-        counts = keep.sum(dim=0) if counts is None else counts
-        loss, tokens, residuals, f_hat = f.new_zeros(()), [], [], f
-        taken = self.start(len(f), schedule)  # what the scales before have taken away
-        for k, (token_map, f_hat, small) in enumerate(self.walk(f, schedule, keep=keep)):
+        weights = keep.weights
+        tokens: list[Tokens] = []
+        residuals: list[Tensor] = []
+        f_hat, loss = f, f.new_zeros(())
+        taken = self.start(len(f), schedule, f.device)  # what the scales before have taken away
+        for k, step in enumerate(self.walk(f, schedule, keep=keep)):
+            f_hat = step.f_hat
             if entropy:
                 rows = self.standardized(self.residual(f, taken, k, schedule), k).flatten(0, 1)
                 loss = loss + entropy * indecision(rows, self.codebook.weight[: self.limit(k)])
-                taken = taken + self.contribution(token_map, k, schedule).detach()
-            weight = keep[:, k] / counts[k].clamp(min=1e-6)  # of a scale that none keeps: 0
-            commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weight).sum()
-            follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weight).sum()
+                taken = taken + self.contribution(step.tokens, k, schedule).detach()
+            commit = ((f_hat.detach() - f).square().mean(dim=(1, 2, 3)) * weights[:, k]).sum()
+            follow = ((f_hat - f.detach()).square().mean(dim=(1, 2, 3)) * weights[:, k]).sum()
             loss = loss + beta * commit + follow
-            tokens.append(token_map)
-            residuals.append(small)
-        return Lesson(tokens, residuals, f + (f_hat - f).detach(), loss / len(schedule))
+            tokens.append(step.tokens)
+            residuals.append(step.residual)
+        return Lesson(tokens, residuals, straight_through(f, f_hat), loss / len(schedule))
+
+    def upkeep(self) -> CodeUpkeep:
+        """First codes from data, restarts of dead ones, and the means and deviations of residuals."""
+        return CodeUpkeep(self, self.codebook.weight, self.moments)
 
     def residual(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
         """What the tokens of scale k are to stand for after the sum `f_hat`, [B, l_k, C]: the residual."""
-        return _area(f - f_hat, schedule[k]).flatten(2).mT
+        return as_rows(pooled(f - f_hat, schedule[k]))
 
     # ---- the pieces -----------------------------------------------------------------------------------------------
 
     def walk(
-        self,
-        f: Tensor,
-        schedule: Schedule,
-        corrupt: Callable[[Tensor, int], Tensor] | None = None,
-        keep: Tensor | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Quantize `f` scale by scale; yields (tokens [B, l_k], sum so far [B, C, H, W],
-        residual that the tokens stand for [B, l_k, C]).
+        self, f: Tensor, schedule: Schedule, corrupt: Corrupt | None = None, keep: Kept | None = None
+    ) -> Iterator[Step]:
+        """Quantize `f` scale by scale (Alg. 1 of VAR).
 
-        The sum carries gradients to codes and phi; the residual is detached, as in VAR. `keep` [B, K] drops scales
-        from the sum, but not from the residual (scale dropout of training).
+        The sum carries gradients to codes and phi; the residual is detached, as in VAR. `keep` drops scales from the sum,
+        but not from the residual (scale dropout of training).
         """
         if tuple(f.shape[-2:]) != schedule[-1]:
             raise ValueError(
                 f"the last scale of the schedule must be as large as the feature map: scale {schedule[-1]}, "
                 f"feature map {tuple(f.shape[-2:])}; use images of the size that fits the schedule"
             )
+        kept = None if keep is None else keep.own.to(f)
         residual = f.detach()
-        f_hat = self.start(len(f), schedule)
+        f_hat = self.start(len(f), schedule, f.device)
         for k in range(len(schedule)):
-            small = _area(residual, schedule[k]).flatten(2).mT  # [B, l_k, C]
+            small = as_rows(pooled(residual, schedule[k]))  # [B, l_k, C]
             tokens = self.codebook.nearest(self.standardized(small, k), self.limit(k))
             h = self.contribution(tokens if corrupt is None else corrupt(tokens, k), k, schedule)
             residual = residual - h.detach()
-            f_hat = f_hat + (h if keep is None else h * keep[:, k].view(-1, 1, 1, 1))
-            yield tokens, f_hat, small
+            f_hat = f_hat + (h if kept is None else h * kept[:, k].view(-1, 1, 1, 1))
+            yield Step(tokens, f_hat, small)
 
-    def limit(self, k: int) -> int:
-        """How many of the first codes scale k may use; a scale beyond those that were set may use all."""
-        return self.limits[k] if k < len(self.limits) else self.codes
+    @property
+    def moments(self) -> Moments | None:
+        """Mean and deviation of each scale's residuals, if they are standardized."""
+        return None if self.mean is None or self.std is None else Moments(self.mean, self.std)
 
     def standardized(self, residual: Tensor, k: int) -> Tensor:
         """What is looked up in the codebook for the residuals of scale k, [..., C]."""
-        if self.mean is None or self.std is None:
-            return residual
-        return (residual - self.mean[k]) / self.std[k]
+        return residual if self.moments is None else self.moments.standardized(residual, k)
 
-    def contribution(self, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
+    def contribution(self, tokens: Tokens, k: int, schedule: Schedule) -> Tensor:
         """What the token map of scale k adds to the sum: phi_k(upsample(codes)), [B, C, H, W]."""
         codes = self.codebook.embed(tokens)  # [B, l_k, C]
-        if self.mean is not None and self.std is not None:
-            codes = codes * self.std[k] + self.mean[k]
-        h = codes.mT.unflatten(-1, schedule[k])  # [B, C, h_k, w_k]
+        if self.moments is not None:
+            codes = self.moments.restored(codes, k)
+        h = as_map(codes, schedule[k])  # [B, C, h_k, w_k]
         if schedule[k] != schedule[-1]:
             h = F.interpolate(h, size=schedule[-1], mode="bicubic")  # a = -0.75, half-pixel centres, no antialias
         return self.phi[self.phi_index(k, schedule)](h) if self.phi else h
@@ -212,10 +203,7 @@ class ResidualPyramid(nn.Module):
     def phi_index(self, k: int, schedule: Schedule) -> int:
         """Which convolution serves scale k: its own, or the one whose tick is nearest to k / (K - 1)."""
         if self.each:
-            if len(schedule) > len(self.phi):
-                raise ValueError(
-                    f"this pyramid has one phi for each of {len(self.phi)} scales, got a schedule of {len(schedule)}"
-                )
+            self.check_scales(schedule, schedule)
             return k
         # Exactly the reference's float64 expressions, linspace included: at K = 10 two scales lie half-way between
         # two ticks, and rounding decides.
@@ -226,18 +214,15 @@ class ResidualPyramid(nn.Module):
 
 
 @torch.no_grad()
-def teacher_inputs(pyramid: Any, tokens: list[Tensor], schedule: Schedule) -> Tensor | None:
+def teacher_inputs(pyramid: Pyramid, tokens: Sequence[Tokens], schedule: Schedule) -> Tensor | None:
     """What the transformer reads when all scales are known: inputs of every scale but the first, [B, L - l_0, C].
 
     `tokens` may be a prefix of the scales; None if it holds the first scale alone.
     """
-    f_hat = pyramid.start(len(tokens[0]), schedule)
+    first = first_tensor(tokens[0])
+    f_hat = pyramid.start(len(first), schedule, first.device)
     inputs = []
     for k, token_map in enumerate(tokens[:-1]):
         f_hat = pyramid.add(f_hat, token_map, k, schedule)
         inputs.append(pyramid.next_input(f_hat, k + 1, schedule))
     return torch.cat(inputs, dim=1) if inputs else None
-
-
-def _area(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size=size, mode="area")

@@ -1,25 +1,23 @@
 """The tokenizer: images to token maps and back."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from nextscale.contracts import Encoded, TrainablePyramid
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.autoencoder import AutoencoderSettings, Decoder, Encoder
-from nextscale.tokenizer.pyramid import Encoded
+from nextscale.tokens import Tokens, first_tensor
 
 
 class Tokenizer(nn.Module):
-    """Encoder, pyramid, decoder. Images are [B, 3, H, W] in [-1, 1]; feature maps [B, C, H / stride, W / stride].
+    """Encoder, pyramid, decoder. Images are [B, 3, H, W] in [-1, 1]; feature maps [B, C, H / stride, W / stride]."""
 
-    The pyramid is known by its contract: `start`, `add`, `next_input`, `encode`, and `code_dim`, its channels.
-    """
-
-    def __init__(self, autoencoder: AutoencoderSettings, pyramid: Any) -> None:
+    def __init__(self, autoencoder: AutoencoderSettings, pyramid: TrainablePyramid) -> None:
         super().__init__()
-        self.stride = autoencoder.stride
-        self.pyramid: Any = pyramid
+        self.channels, self.stride = autoencoder.image_channels, autoencoder.stride
+        self.pyramid = pyramid
         channels, kernel = pyramid.code_dim, autoencoder.around
         latent = autoencoder.latent or channels
         if not kernel and latent != channels:
@@ -57,9 +55,20 @@ class Tokenizer(nn.Module):
         """Images of feature maps [B, C, h, w]; not clamped, since a loss needs the gradient beyond [-1, 1]."""
         return self.decoder(self.post_quant_conv(f_hat.to(self.dtype)))
 
-    def f_hat(self, tokens: list[Tensor], schedule: Schedule) -> Tensor:
+    def f_hat(self, tokens: Sequence[Tokens], schedule: Schedule) -> Tensor:
         """The sum of the token maps of the first scales (all, or any prefix), [B, C, H, W]."""
-        f_hat = self.pyramid.start(len(tokens[0]), schedule)
+        first = first_tensor(tokens[0])
+        f_hat = self.pyramid.start(len(first), schedule, first.device)
         for k, token_map in enumerate(tokens):
             f_hat = self.pyramid.add(f_hat, token_map, k, schedule)
         return f_hat
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Those that `compile` compiles while training."""
+        return self.encoder, self.decoder
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Of the decoder's last convolution, where gradients of losses are compared."""
+        return self.decoder.conv_out.weight

@@ -87,7 +87,10 @@ class TokenizerLoss(Settings):
     adversarial: float = Field(0.0, ge=0, description="weight of the discriminator's term")
     adversarial_start: float = Field(0.6, ge=0, le=1, description="when discriminator and its term start")
     adversarial_warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which its weight rises")
-    discriminator: Literal["patch", "dino"] = Field("patch", description="which; dino looks at frozen DINO features")
+    discriminator: Literal["patch", "patch-group", "dino"] = Field(
+        "patch",
+        description="which; patch-group: with norms of each image instead of each pass; dino: on frozen DINO features",
+    )
     discriminator_width: int = Field(32, ge=1, description="channels of the patch discriminator's first layer")
     dino_weights: str = Field("", description="file of DINO's weights (dino_deitsmall16_pretrain.pth)")
     hinge_sum: bool = Field(False, description="add the hinge terms of real and made images, instead of their mean")

@@ -1,10 +1,14 @@
-"""Tokenizer training: the losses around the pyramid, and the measures that keep its codes in use."""
+"""Tokenizer training: the losses around the pyramid, the discriminator, and the calls that keep codes in use.
+
+Several passes (`accumulate`) and several processes make the update of one pass, but for what looks at more than one image at a
+time or draws from torch's own generator: docs/several-machines.md names all of it, with sizes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.contracts import Kept, Lesson, Output, TrainableTokenizer, Upkeep
 from nextscale.data.images import on_white
 from nextscale.draws import Draws, Part, generator_for
-from nextscale.evaluation.reconstruction import at_size, code_counts, evaluate_tokenizer
+from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
+from nextscale.output import Images
 from nextscale.processes import Team
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.dino import DinoDiscriminator
@@ -28,131 +34,159 @@ from nextscale.tokenizer.discriminator import (
 )
 from nextscale.tokenizer.lpips import Lpips
 from nextscale.tokenizer.perceptual import Perceptual
-from nextscale.tokenizer.pyramid import Lesson
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokens import Tokens, joined_rows
 from nextscale.training.average import Average
 from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.fit import adamw, autocast, descend, scaler
 
-MIN_STD = 1e-3  # of residuals that the pyramid standardizes: a channel that is always the same must not divide by zero
+Metrics = dict[str, Tensor | float]
 
 
 class TokenizerTask:
-    """One tokenizer, one discriminator if asked for, their optimizers and their losses (`Task` of the loop)."""
+    """One tokenizer, one discriminator if asked for, their optimizers and their losses (`Task` of the loop).
+
+    first_content: returns what sets the first codes, many more items than a batch. output: what the content is; images by
+    default.
+    """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TrainableTokenizer,
         schedule: Schedule,
         config: TrainConfig,
         loss: TokenizerLoss,
         val: Dataset | None,
-        first_images: Callable[[], Tensor],
+        first_content: Callable[[], Tensor],
         team: Team = Team(),
+        output: Output | None = None,
     ) -> None:
         self.schedule, self.config, self.loss, self.val = schedule, config, loss, val
-        self.first_images = first_images  # many more than a batch: they set the first codes
-        image_channels = tokenizer.encoder.image_channels
-        self.tokenizer = tokenizer.to(config.device)
+        self.first_content, self.team = first_content, team
+        self.tokenizer, self.output = tokenizer, output or Images(tokenizer.channels)
+        network = cast(nn.Module, tokenizer).to(config.device)
+        shown = self.output.pictures(torch.zeros(1, *self.output.shape(schedule, tokenizer.stride)))
+        if shown is None and (loss.perceptual or loss.adversarial):
+            raise ValueError(
+                "the perceptual distance and the discriminator look at pictures, and this output has none; use "
+                "--loss.perceptual 0 --loss.adversarial 0"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.discriminator = build_discriminator(loss, image_channels).to(config.device)
+            channels = 3 if shown is None else shown.shape[1]
+            self.discriminator = build_discriminator(loss, channels, team).to(config.device)
         self.perceptual = build_perceptual(loss)
         if self.perceptual is not None:
             self.perceptual.to(config.device)
-        self.module = nn.ModuleDict({"tokenizer": self.tokenizer, "discriminator": self.discriminator})
+        self.module = nn.ModuleDict({"tokenizer": network, "discriminator": self.discriminator})
         # Share of tokens that each code holds at each scale (of bits: each value of each bit), averaged over recent steps;
-        # saved with the run.
-        pyramid = tokenizer.pyramid
-        columns = 1 if pyramid.codebook is not None else pyramid.code_dim
-        usage = torch.zeros(len(schedule), columns * pyramid.codes, device=config.device)
-        self.module.register_buffer("usage", usage)
+        # saved with the run. Of tokens without choices it has no columns.
+        nothing = torch.zeros(1, tokenizer.pyramid.code_dim, *schedule[-1], device=config.device)
+        choices = self.choices(tokenizer.pyramid.encode(nothing, schedule).tokens)
+        columns = code_counts(choices[:1], tokenizer.pyramid.codes)[0].numel() if choices else 0
+        self.module.register_buffer("usage", torch.zeros(len(schedule), columns, device=config.device))
         # Running means: logits of real and of made images, and the scale of the adversarial term.
         self.module.register_buffer("logit_means", torch.zeros(2, device=config.device))
         self.module.register_buffer("scale_mean", torch.zeros((), device=config.device))
         self.remembered = 0  # steps whose codes `usage` knows of, some fifty at most
         self.restarted: Tensor | None = None  # codes that moved in this step
+        upkeep = self.upkeep
+        tables = [name for name, p in network.named_parameters() if upkeep is not None and p is upkeep.codes]
         self.optimizers = {
-            "tokenizer": adamw(self.tokenizer, config, keep=("codebook",)),
+            "tokenizer": adamw(network, config, keep=tuple(tables)),
             "discriminator": adamw(self.discriminator, config),
         }
         self.scalers = {name: scaler(config) for name in self.optimizers}
         if config.compile:
-            self.tokenizer.encoder.compile()
-            self.tokenizer.decoder.compile()
-        self.team = team
+            for part in tokenizer.networks:
+                part.compile()
         self.tokens_per_image = schedule.length
-        self.flop_per_image = flop_per_image(self.tokenizer, schedule, config.device)
-        self.forward = team.wrap(self.tokenizer, self.losses, unused=True)
+        self.flop_per_image = flop_per_image(tokenizer, self.output.shape(schedule, tokenizer.stride), config.device)
+        self.forward = team.wrap(network, self.losses, unused=True)
         self.judge = team.wrap(self.discriminator, self.verdict)
+
+    @property
+    def upkeep(self) -> Upkeep | None:
+        """What keeps the codes in use, if anything needs it."""
+        return self.tokenizer.pyramid.upkeep()
+
+    @property
+    def usage(self) -> Tensor:
+        """Share of tokens that each code holds at each scale, [K, V]."""
+        return self.module.get_buffer("usage")
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
-        begun, pyramid = step / self.config.steps, self.tokenizer.pyramid
+    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+        begun = step / self.config.steps
         quantize = begun >= self.loss.quantize_start
-        if quantize and pyramid.codebook is not None and self.loss.init_codes and not self.usage.any():
-            self.init_codes(self.first_images().to(self.config.device), generator_for(self.config.seed, step))
+        if quantize and self.upkeep is not None and self.loss.init_codes and not self.usage.any():
+            self.first_codes(self.first_content(), generator_for(self.config.seed, step))
         self.lessons: list[Lesson] = []
-        self.pairs: list[tuple[Tensor, Tensor, Draws]] = []  # images and what became of them
-        optimizer, scaler, clip = self.optimizers["tokenizer"], self.scalers["tokenizer"], self.config.clip
-        metrics = descend(self.tokenizer, optimizer, scaler, self.forward, parts, step, clip, self.team)
+        self.pairs: list[tuple[Tensor, Tensor, Draws]] = []  # pictures of the content, and of what became of it
+        network, clip = self.module["tokenizer"], self.config.clip
+        optimizer, scaler = self.optimizers["tokenizer"], self.scalers["tokenizer"]
+        metrics = descend(network, optimizer, scaler, self.forward, parts, step, clip, self.team)
         if not metrics["grad_norm"].isfinite():  # type: ignore[union-attr]  # the step changes nothing
             return metrics
-        if quantize:  # after backward, which still needs the old ones
+        if quantize:  # after backward, which still needs the old codes
             self.remembered = min(50, step + 1 - math.ceil(self.loss.quantize_start * self.config.steps))
-            residuals = [
-                torch.cat(of_scale) for of_scale in zip(*(lesson.residuals for lesson in self.lessons), strict=True)
-            ]
-            tokens = [torch.cat(of_scale) for of_scale in zip(*(lesson.tokens for lesson in self.lessons), strict=True)]
+            tokens = [joined_rows(of_scale) for of_scale in zip(*(x.tokens for x in self.lessons), strict=True)]
+            residuals = [torch.cat(of_scale) for of_scale in zip(*(x.residuals for x in self.lessons), strict=True)]
             metrics |= self.count(tokens)
-            self.follow(residuals)
+            if self.upkeep is not None:
+                self.upkeep.follow(residuals, self.team.average)
         if self.adversarial_weight(begun) > 0:
             optimizer, scaler = self.optimizers["discriminator"], self.scalers["discriminator"]
             found = descend(self.discriminator, optimizer, scaler, self.judge, self.pairs, step, clip, self.team)
             metrics |= {f"discriminator/{name}": value for name, value in found.items()}
-        if pyramid.codebook is not None and self.due_restart(step, begun, quantize):
+        if quantize and self.due_restart(step):
             metrics["restarted"] = self.restart(residuals, generator_for(self.config.seed, step, "restart"))
         return metrics
 
-    def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def losses(self, part: Part, step: int) -> tuple[Tensor, Metrics]:
         """The loss of a part of a batch, and what to log; remembers what the rest of the step needs."""
-        images = part.batch["image"].to(self.config.device)
+        content = part.batch[self.output.field].to(self.config.device)
         begun = step / self.config.steps
         with autocast(self.config):
-            f = self.tokenizer.features(images)
-        metrics: dict[str, Tensor | float] = {}
+            f = self.tokenizer.features(content)
         if begun >= self.loss.quantize_start:
-            keep, counts = (x.to(f.device) for x in self.kept_scales(part.draws))
+            keep = self.kept_scales(part.draws).to(f.device)
             terms = {"beta": self.loss.beta, "entropy": self.loss.entropy}
-            lesson = self.tokenizer.pyramid.learn(f, self.schedule, keep, counts=counts, **terms)
+            lesson = self.tokenizer.pyramid.learn(f, self.schedule, keep, **terms)
             self.lessons.append(lesson)
             f_hat, codebook_loss = lesson.f_hat, lesson.loss
         else:
             f_hat, codebook_loss = f, f.new_zeros(())
         with autocast(self.config):
             recon = self.tokenizer.decode(f_hat).float()
-        if recon.shape != images.shape:  # a pyramid whose scales are images of their own sizes
-            images = F.interpolate(images, size=recon.shape[-2:], mode="area")
+        content = self.output.fit(content, recon)
 
-        l1, l2 = F.l1_loss(recon, images), F.mse_loss(recon, images)
+        l1, l2 = F.l1_loss(recon, content), F.mse_loss(recon, content)
         total = self.loss.l1 * l1 + self.loss.l2 * l2
-        metrics |= {"l1": l1.detach(), "l2": l2.detach(), "codebook": codebook_loss.detach()}
-        if self.perceptual and begun >= self.loss.perceptual_start:
-            perceptual = self.perceptual(on_white(recon), on_white(images)).mean()
-            total = total + self.loss.perceptual * perceptual
-            metrics[self.perceptual.name] = perceptual.detach()
-        adversarial = self.adversarial_weight(begun)
-        if adversarial > 0:
-            total = total + adversarial * self.fool(recon, total, part.draws, metrics)
-            self.pairs.append((images, recon.detach(), part.draws))
+        metrics: Metrics = {"l1": l1.detach(), "l2": l2.detach(), "codebook": codebook_loss.detach()}
+        made, real = self.output.pictures(recon), self.output.pictures(content)
+        if made is not None and real is not None:
+            total = self.with_pictures(made, real, total, part.draws, begun, metrics)
         total = total + self.loss.codebook * codebook_loss
         return total, metrics | {"loss": total.detach()}
 
-    def kept_scales(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Which scales each image keeps while training, bool [B, K], and how many of the whole batch keep each, times the
-        part's share [K]. A share of the images drops some: with `prefix` all after the first n, n uniform; with
-        `independent` each but the last at even odds; with `single` one of them."""
+    def with_pictures(
+        self, made: Tensor, real: Tensor, total: Tensor, draws: Draws, begun: float, metrics: Metrics
+    ) -> Tensor:
+        """The `total` so far plus perceptual distance and discriminator's term, which are put in `metrics` too."""
+        if self.perceptual is not None and begun >= self.loss.perceptual_start:
+            perceptual = self.perceptual(on_white(made), on_white(real)).mean()
+            metrics[self.perceptual.name] = perceptual.detach()
+            total = total + self.loss.perceptual * perceptual
+        adversarial = self.adversarial_weight(begun)
+        if adversarial > 0:
+            total = total + adversarial * self.fool(made, total, draws, metrics)
+            self.pairs.append((real, made.detach(), draws))
+        return total
+
+    def kept_scales(self, draws: Draws) -> Kept:
+        """Which scales each image keeps while training. A share of the images drops some: with `prefix` all after the first n,
+        n uniform; with `independent` each but the last at even odds; with `single` one of them."""
         count, whole = len(self.schedule), Draws(draws.generator, draws.total)
         dropped = torch.arange(count) >= min(self.loss.drop_from, count)
         if self.loss.drop == "prefix":
@@ -163,13 +197,7 @@ class TokenizerTask:
         else:
             lost = torch.arange(count) == whole.randint(min(self.loss.drop_from, count - 1), count, 1)
         chosen = whole.rand(1) < self.loss.drop_scales
-        keep = ~(lost & dropped & chosen)
-        return keep[draws.rows], keep.sum(dim=0) * (len(draws) / draws.total)
-
-    @property
-    def usage(self) -> Tensor:
-        """Share of tokens that each code holds at each scale, [K, V]."""
-        return self.module.get_buffer("usage")
+        return Kept(~(lost & dropped & chosen), draws.rows)
 
     # ---- the discriminator ----------------------------------------------------------------------------------------
 
@@ -179,7 +207,7 @@ class TokenizerTask:
         risen = (begun - self.loss.adversarial_start) / max(self.loss.adversarial_warmup, 1e-9)
         return self.loss.adversarial * min(1.0, max(risen, 1e-3))
 
-    def fool(self, recon: Tensor, reconstruction: Tensor, draws: Draws, metrics: dict[str, Tensor | float]) -> Tensor:
+    def fool(self, recon: Tensor, reconstruction: Tensor, draws: Draws, metrics: Metrics) -> Tensor:
         """The adversarial term, scaled to the reconstruction's gradient at the decoder's last layer."""
         self.discriminator.requires_grad_(False)
         seen = differentiable_augmentation(recon, draws.rand(7)) if self.loss.augment_pairs else recon
@@ -189,8 +217,8 @@ class TokenizerTask:
         if self.loss.adaptive == "off":
             return term
         low, high = self.loss.adaptive_range
-        last, root = self.tokenizer.decoder.conv_out.weight, self.loss.adaptive == "root"
-        scale = adaptive_weight(reconstruction, term, last, low, high, root=root)
+        last, root = self.tokenizer.last_weight, self.loss.adaptive == "root"
+        scale = adaptive_weight(reconstruction, term, last, low, high, root=root, average=self.team.average)
         if self.loss.adaptive_ema:
             mean = self.module.get_buffer("scale_mean")
             mean.copy_(scale if mean == 0 else mean.lerp(scale, 1 - self.loss.adaptive_ema))
@@ -198,7 +226,7 @@ class TokenizerTask:
         metrics["adaptive_weight"] = scale
         return scale * term
 
-    def verdict(self, pair: tuple[Tensor, Tensor, Draws], step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def verdict(self, pair: tuple[Tensor, Tensor, Draws], step: int) -> tuple[Tensor, Metrics]:
         """The discriminator's loss on images and what became of them."""
         real, fake, draws = pair
         images = torch.cat([real, fake])
@@ -207,9 +235,9 @@ class TokenizerTask:
         logits = self.discriminator(seen)
         of_real, of_fake = logits.chunk(2)
         loss = hinge_discriminator_loss(of_real, of_fake, summed=self.loss.hinge_sum)
-        metrics: dict[str, Tensor | float] = {"hinge": loss.detach()}
+        metrics: Metrics = {"hinge": loss.detach()}
         if self.loss.lecam:
-            term = lecam(of_real, of_fake, self.module.get_buffer("logit_means"))
+            term = lecam(of_real, of_fake, self.module.get_buffer("logit_means"), average=self.team.average)
             loss, metrics["lecam"] = loss + self.loss.lecam * term, term.detach()
         if self.loss.consistency:
             other = torch.cat([draws.rand(7), draws.rand(7)])
@@ -221,60 +249,25 @@ class TokenizerTask:
     # ---- codes: start, count, restart -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def init_codes(self, images: Tensor, generator: torch.Generator) -> None:
-        """Set the codes from residuals of real images: each scale gets a share of the codebook that grows with
-        log(l_k + 1), filled with residual vectors of that scale, then moved by a few k-means rounds."""
-        pyramid = self.tokenizer.pyramid
-        codes = pyramid.codebook.weight
-        f = torch.cat([self.tokenizer.features(part) for part in images.split(64)])
-        f_hat, filled = pyramid.start(len(f), self.schedule), 0
-        for k, count in enumerate(self.new_codes()):
-            rows = pyramid.residual(f, f_hat, k, self.schedule).flatten(0, 1)
-            if getattr(pyramid, "std", None) is not None:
-                pyramid.mean[k], pyramid.std[k] = rows.mean(dim=0), rows.std(dim=0).clamp(min=MIN_STD)
-            rows = pyramid.standardized(rows, k)
-            codes[filled : filled + count] = _kmeans(rows, count, generator)
-            # Quantize with the codes of this scale alone, the others are not set yet; where it is limited, with all so far.
-            first = 0 if pyramid.limit(k) < len(codes) else filled
-            ids = torch.cdist(rows, codes[first : filled + count]).argmin(dim=1).view(len(f), -1) + first
-            f_hat = pyramid.add(f_hat, ids, k, self.schedule)
-            filled += count
+    def first_codes(self, content: Tensor, generator: torch.Generator) -> None:
+        """Set the codes from the features of real content; all processes take the leader's."""
+        upkeep = self.upkeep
+        assert upkeep is not None
+        f = torch.cat([self.tokenizer.features(part) for part in content.to(self.config.device).split(64)])
+        upkeep.first_codes(f, self.schedule, generator)
+        for tensor in self.module["tokenizer"].get_submodule("pyramid").state_dict().values():
+            self.team.share_(tensor)  # with dropout each process has features of its own
 
-    def new_codes(self) -> list[int]:
-        """How many codes each scale sets: up to its limit, or a share of the rest that grows with log(l_k + 1)."""
-        total = self.tokenizer.pyramid.codes
-        limits = [self.tokenizer.pyramid.limit(k) for k in range(len(self.schedule))]
-        filled = max([0, *(limit for limit in limits if limit < total)])
-        free = torch.tensor([limit == total for limit in limits])
-        shares = torch.tensor(self.schedule.lengths).log1p() * free
-        counts = (shares / shares.sum().clamp(min=1) * (total - filled)).floor().long()
-        if free.any():
-            counts[free.nonzero().max()] += total - filled - counts.sum()  # what rounding left
-        filled = 0
-        for k, limit in enumerate(limits):
-            if limit < total:
-                counts[k] = max(0, limit - filled)
-                filled = max(filled, limit)
-        return counts.tolist()
+    def choices(self, tokens: Sequence[Tokens]) -> list[Tensor]:
+        """The ids or bits in the token maps of each scale; none where there are none."""
+        found = [self.tokenizer.pyramid.choices(token_map) for token_map in tokens]
+        return [choice for choice in found if choice is not None]
 
     @torch.no_grad()
-    def follow(self, residuals: list[Tensor]) -> None:
-        """Move the pyramid's means and standard deviations towards those of a batch's residuals."""
-        pyramid = self.tokenizer.pyramid
-        if getattr(pyramid, "std", None) is None:
-            return
-        for mean, std, small in zip(pyramid.mean, pyramid.std, residuals, strict=True):
-            rows = small.flatten(0, 1)  # [B * l_k, C]
-            mean.lerp_(self.team.sum_(rows.mean(dim=0)) / self.team.size, 0.01)
-            spread = self.team.sum_((rows - mean).square().mean(dim=0)) / self.team.size
-            std.lerp_(spread.sqrt(), 0.01).clamp_(min=MIN_STD)
-
-    @torch.no_grad()
-    def count(self, tokens: list[Tensor]) -> dict[str, float]:
+    def count(self, tokens: Sequence[Tokens]) -> dict[str, float]:
         """Update the usage statistics; returns usage and perplexity of every scale (of bits: the mean over them)."""
-        usage = self.usage
-        codes, metrics = self.tokenizer.pyramid.codes, {}
-        for k, counts in enumerate(code_counts(tokens, codes)):
+        usage, codes, metrics = self.usage, self.tokenizer.pyramid.codes, {}
+        for k, counts in enumerate(code_counts(self.choices(tokens), codes)):
             counts = self.team.sum_(counts.to(usage))
             share = (counts / counts.sum(dim=1, keepdim=True)).flatten()
             usage[k].lerp_(share, 0.02) if usage[k].any() else usage[k].copy_(share)
@@ -285,12 +278,12 @@ class TokenizerTask:
         return metrics
 
     def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
-        """One sentence for each scale whose codes have collapsed to a few; only where there is a codebook."""
-        pyramid, found = self.tokenizer.pyramid, []
+        """One sentence for each scale whose codes have collapsed to a few; only where there is something to keep up."""
+        found = []
         for k, (h, w) in enumerate(self.schedule.sizes):
-            if pyramid.codebook is None or f"perplexity/{k}" not in metrics:
+            if self.upkeep is None or f"perplexity/{k}" not in metrics:
                 continue
-            attainable = min(pyramid.limit(k), self.remembered * self.config.batch_size * h * w)
+            attainable = min(self.tokenizer.pyramid.limit(k), self.remembered * self.config.batch_size * h * w)
             perplexity = float(metrics[f"perplexity/{k}"])
             if perplexity < self.loss.alarm * attainable:
                 found.append(
@@ -299,39 +292,23 @@ class TokenizerTask:
                 )
         return found
 
-    def due_restart(self, step: int, begun: float, quantize: bool) -> bool:
-        every = self.loss.restart_every
-        return bool(quantize and every and (step + 1) % every == 0 and begun < self.loss.restart_until)
+    def due_restart(self, step: int) -> bool:
+        """Whether codes that are not in use move after this step."""
+        every, begun = self.loss.restart_every, step / self.config.steps
+        return bool(self.upkeep is not None and every and (step + 1) % every == 0 and begun < self.loss.restart_until)
 
     @torch.no_grad()
-    def restart(self, residuals: list[Tensor], generator: torch.Generator) -> float:
-        """Move dead codes onto residuals of the scale that uses its codes least; returns how many.
-
-        `residuals`: [B, l_k, C] of each scale.
-        """
-        usage = self.usage
-        codes = self.tokenizer.pyramid.codebook.weight
-        weights = torch.tensor(self.schedule.lengths, device=usage.device, dtype=usage.dtype)
-        overall = (usage * weights[:, None]).sum(0) / weights.sum()
-        dead = (overall < 0.03 / len(codes)).nonzero().squeeze(1)
-        if len(dead) == 0:
-            return 0.0
-        entropy = torch.special.entr(usage).sum(1)
-        attainable = torch.log(torch.clamp(weights * len(residuals[0]), max=len(codes)))
-        # Not the first scale, whose few tokens cannot use many codes, and none that may not use all of them.
-        allowed = [k for k in range(1, len(self.schedule)) if self.tokenizer.pyramid.limit(k) == len(codes)]
-        k = min(allowed or [len(self.schedule) - 1], key=lambda k: float(entropy[k] / attainable[k]))
-        rows = self.tokenizer.pyramid.standardized(residuals[k], k).flatten(0, 1)
-        dead = dead[torch.randperm(len(dead), generator=generator)[: len(rows)]]
-        codes[dead] = rows[torch.randperm(len(rows), generator=generator)[: len(dead)]]
-        for moment in self.optimizers["tokenizer"].state[codes].values():
-            if moment.shape == codes.shape:
-                moment[dead] = 0
-        usage[:, dead] = 0
-        usage[k, dead] = 1 / len(codes)  # a grace period before they can count as dead again
-        self.team.share_(codes.data)  # each process has other residuals; the leader's count
-        self.restarted = dead
-        return float(len(dead))
+    def restart(self, residuals: Sequence[Tensor], generator: torch.Generator) -> float:
+        """Move dead codes onto residuals [B, l_k, C]; returns how many. Their optimizer state starts anew."""
+        upkeep = self.upkeep
+        assert upkeep is not None
+        moved = upkeep.restart(self.usage, residuals, self.schedule, generator, self.team.all_rows)
+        if len(moved):
+            for moment in self.optimizers["tokenizer"].state[upkeep.codes].values():
+                if moment.shape == upkeep.codes.shape:
+                    moment[moved] = 0
+            self.restarted = moved
+        return float(len(moved))
 
     def together(self, function: Callable[..., Any]) -> Any:
         """A tokenizer is never sharded."""
@@ -339,9 +316,10 @@ class TokenizerTask:
 
     def averaged(self, average: Average | None, step: int) -> None:
         """Restarted codes jump; their averages jump with them."""
-        if average is not None and self.restarted is not None:
-            target = average.values["tokenizer.pyramid.codebook.weight"]
-            target[self.restarted] = self.tokenizer.pyramid.codebook.weight.detach()[self.restarted]
+        if average is not None and self.restarted is not None and self.upkeep is not None:
+            codes = self.upkeep.codes
+            name = next(name for name, parameter in self.module.named_parameters() if parameter is codes)
+            average.values[name][self.restarted] = codes.detach()[self.restarted]
         self.restarted = None
 
     # ---- what the loop shows --------------------------------------------------------------------------------------
@@ -349,39 +327,43 @@ class TokenizerTask:
     def validate(self, module: Any) -> dict[str, float]:
         if self.val is None:
             return {}
-        return evaluate_tokenizer(module["tokenizer"], self.val, self.schedule, self.config.device).metrics()
+        return evaluate_tokenizer(
+            module["tokenizer"], self.val, self.schedule, self.config.device, output=self.output
+        ).metrics()
 
     @staticmethod
     def score(metrics: Mapping[str, float]) -> float:
-        """PSNR of whole reconstructions."""
-        return metrics["psnr"]
+        """The output's first measure of whole reconstructions, PSNR of images."""
+        return next(iter(metrics.values()))
 
     def pictures(self, module: Any) -> dict[str, Tensor]:
         if self.val is None:
             return {}
         count = min(16, len(self.val))  # type: ignore[arg-type]
-        images = torch.stack([self.val[i * len(self.val) // count]["image"] for i in range(count)])  # type: ignore
-        tokenizer = module["tokenizer"]
-        images = images.to(self.config.device)
-        encoded = tokenizer.encode(images, self.schedule)
-        rows = [images] + [at_size(tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1) for f_hat in encoded.f_hats]
-        return {"reconstruction": torch.cat(rows)}
+        items = [self.val[i * len(self.val) // count] for i in range(count)]  # type: ignore[arg-type]
+        content = torch.stack([item[self.output.field] for item in items]).to(self.config.device)
+        tokenizer: TrainableTokenizer = module["tokenizer"]
+        f_hats = tokenizer.encode(content, self.schedule).f_hats
+        decoded = [self.output.finish(self.output.fit(tokenizer.decode(f_hat), content)) for f_hat in f_hats]
+        shown = self.output.pictures(torch.cat([content, *decoded]))
+        return {} if shown is None else {"reconstruction": shown}
 
 
 @torch.no_grad()
-def flop_per_image(tokenizer: Tokenizer, schedule: Schedule, device: str) -> float:
-    """Floating-point operations of a training step for each image, estimated: three times those of encoder and decoder."""
-    h, w = schedule[-1]
-    image = torch.zeros(1, tokenizer.encoder.image_channels, h * tokenizer.stride, w * tokenizer.stride, device=device)
+def flop_per_image(tokenizer: TrainableTokenizer, shape: Sequence[int], device: str) -> float:
+    """Floating-point operations of a training step for each image, estimated: three times those of encoder and decoder.
+    `shape`: of one image."""
     with FlopCounterMode(display=False) as counter:
-        tokenizer.decode(tokenizer.features(image))
+        tokenizer.decode(tokenizer.features(torch.zeros(1, *shape, device=device)))
     return 3.0 * counter.get_total_flops()
 
 
-def build_discriminator(loss: TokenizerLoss, image_channels: int) -> nn.Module:
+def build_discriminator(loss: TokenizerLoss, image_channels: int, team: Team = Team()) -> nn.Module:
     """The discriminator of the settings; a small patch discriminator that is never used where there is none."""
-    if not loss.adversarial or loss.discriminator == "patch":
-        return PatchDiscriminator(image_channels, loss.discriminator_width)
+    if not loss.adversarial or loss.discriminator != "dino":
+        norm: Literal["batch", "group"] = "group" if loss.discriminator == "patch-group" else "batch"
+        average = team.average_with_gradient if team.size > 1 else None
+        return PatchDiscriminator(image_channels, loss.discriminator_width, norm=norm, average=average)
     if not loss.dino_weights:
         raise ValueError(
             "the DINO discriminator needs --loss.dino-weights: the file dino_deitsmall16_pretrain.pth, which is not "
@@ -392,24 +374,10 @@ def build_discriminator(loss: TokenizerLoss, image_channels: int) -> nn.Module:
     return DinoDiscriminator(loss.dino_weights)
 
 
-def build_perceptual(loss: TokenizerLoss) -> Any:
+def build_perceptual(loss: TokenizerLoss) -> Lpips | Perceptual | None:
     """The perceptual distance of the settings: LPIPS where its weights are given, else that on Lite0; None without one."""
     if bool(loss.lpips_vgg) != bool(loss.lpips_linear):
         raise ValueError("LPIPS needs both files, --loss.lpips-vgg and --loss.lpips-linear, got one")
     if not loss.perceptual:
         return None
     return Lpips(loss.lpips_vgg, loss.lpips_linear) if loss.lpips_vgg else Perceptual()
-
-
-def _kmeans(rows: Tensor, count: int, generator: torch.Generator, rounds: int = 5) -> Tensor:
-    """`count` centres of `rows` [N, C]; drawn with a little noise when there are fewer rows than centres."""
-    order = torch.randperm(len(rows), generator=generator).to(rows.device)
-    centres = rows[order.repeat(-(-count // len(rows)))[:count]]
-    if count >= len(rows):
-        return centres + 0.05 * rows.std() * torch.randn(centres.shape, generator=generator).to(rows)
-    for _ in range(rounds):
-        nearest = torch.cdist(rows, centres).argmin(dim=1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, rows)
-        sizes = torch.bincount(nearest, minlength=count).unsqueeze(1)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-    return centres

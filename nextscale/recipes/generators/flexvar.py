@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextscale.draws import Draws
 from nextscale.model.class_condition import ClassCondition
@@ -42,127 +41,10 @@ from nextscale.settings import Settings
 from nextscale.system import System
 from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
-from nextscale.tokenizer.codebook import Codebook, indecision
-from nextscale.tokenizer.pyramid import Encoded, Lesson
+from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch, NextScale, Wants
-
-# ---- tokenizer: every token map is the whole image --------------------------------------------------------------------
-
-
-class PlainSettings(Settings):
-    """Shape of the plain pyramid. The defaults are FlexVAR's."""
-
-    # A slip for 8192, says the official code's own comment; it became the shape of the published weights.
-    codebook_size: int = Field(8912, ge=2, description="V, the number of codes")
-    code_dim: int = Field(32, ge=1, description="C, channels of a code and of the feature map")
-    unit: bool = Field(True, description="codes and features are scaled to unit length")
-
-
-class PlainPyramid(nn.Module):
-    """No sums: the token map of scale k is the image at size k, and the next scale sees it enlarged.
-
-    `f_hat` is the code map of the last scale, at its own size, so a decoder taught to do so draws every step.
-    """
-
-    def __init__(self, settings: PlainSettings) -> None:
-        super().__init__()
-        self.code_dim, self.codes = settings.code_dim, settings.codebook_size
-        self.unit = settings.unit
-        self.codebook = Codebook(settings.codebook_size, settings.code_dim, cosine=settings.unit)
-        with torch.no_grad():
-            self.codebook.weight.copy_(self._scaled(self.codebook.weight))
-
-    def start(self, batch: int, schedule: Schedule) -> Tensor:
-        """Nothing is known yet: zeros [B, C, h_0, w_0]."""
-        return torch.zeros(batch, self.code_dim, *schedule[0], device=self.codebook.weight.device)
-
-    def add(self, f_hat: Tensor, tokens: Tensor, k: int, schedule: Schedule) -> Tensor:
-        """The code map of scale k, [B, C, h_k, w_k]; it replaces the one before."""
-        return self._codes(tokens).mT.unflatten(-1, schedule[k])
-
-    def next_input(self, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
-        """What the transformer reads at scale k >= 1: the last code map, resized. [B, l_k, C]."""
-        return F.interpolate(f_hat, size=schedule[k], mode="bicubic").flatten(2).mT  # a = -0.75, no antialias
-
-    @torch.no_grad()
-    def encode(self, f: Tensor, schedule: Schedule, corrupt: Callable[[Tensor, int], Tensor] | None = None) -> Encoded:
-        """Tokens, teacher-forcing inputs and code maps of features [B, C, H, W], which may have any size.
-
-        `corrupt(tokens, k)` may replace the tokens that the next scale sees; the tokens returned stay the true ones.
-        """
-        encoded = Encoded([], [], [])
-        f_hat = self.start(len(f), schedule)
-        for k, size in enumerate(schedule.sizes):
-            if k:
-                encoded.inputs.append(self.next_input(f_hat, k, schedule))
-            tokens = self.codebook.nearest(_rows(_pooled(f, size)))
-            f_hat = self.add(f_hat, tokens if corrupt is None else corrupt(tokens, k), k, schedule)
-            encoded.tokens.append(tokens)
-            encoded.f_hats.append(f_hat)
-        return encoded
-
-    def limit(self, k: int) -> int:
-        """How many codes scale k may use: all of them."""
-        return self.codes
-
-    def learn(
-        self,
-        f: Tensor,
-        schedule: Schedule,
-        keep: Tensor,
-        *,
-        beta: float = 0.25,
-        entropy: float = 0.0,
-        counts: Tensor | None = None,
-    ) -> Lesson:
-        """Quantize `f` at one size for training the tokenizer: that of the last scale that the first image keeps (`keep`
-        bool [B, K]), so that scale dropout teaches the decoder all sizes.
-
-        The loss pulls codes to features and, `beta` times, features to codes; `entropy` weighs a term that wants every
-        feature sure of its code and all codes used alike (both as in LlamaGen); `counts` is not needed. Tokens and residuals of
-        the other scales are counted, but carry no gradient.
-        """
-        chosen = int(keep[0].nonzero().max())
-        tokens, residuals, f_hat, loss = [], [], f, f.new_zeros(())
-        for k in range(len(schedule)):
-            rows = self.residual(f if k == chosen else f.detach(), f, k, schedule)
-            ids = self.codebook.nearest(rows)
-            tokens.append(ids)
-            residuals.append(rows.detach())
-            if k == chosen:
-                codes = self._codes(ids)
-                loss = F.mse_loss(codes, rows.detach()) + beta * F.mse_loss(codes.detach(), rows)
-                if entropy:
-                    loss = loss + entropy * indecision(rows.flatten(0, 1), self._scaled(self.codebook.weight))
-                f_hat = (rows + (codes - rows).detach()).mT.unflatten(-1, schedule[k])
-        return Lesson(tokens, residuals, f_hat, loss)
-
-    def residual(self, f: Tensor, f_hat: Tensor, k: int, schedule: Schedule) -> Tensor:
-        """What the tokens of scale k are to stand for, [B, l_k, C]: the features at that size, of a code's length."""
-        return self._scaled(_rows(_pooled(f, schedule[k])))
-
-    def standardized(self, rest: Tensor, k: int) -> Tensor:
-        """What is looked up in the codebook for the residuals of scale k: themselves."""
-        return rest
-
-    def _codes(self, tokens: Tensor) -> Tensor:
-        """Codes of ids [B, l] or of weights over the codebook [B, l, V] -> [B, l, C]."""
-        table = self._scaled(self.codebook.weight)
-        return tokens.to(table.dtype) @ table if tokens.is_floating_point() else F.embedding(tokens, table)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=-1) if self.unit else rows
-
-
-def _pooled(f: Tensor, size: tuple[int, int]) -> Tensor:
-    return f if tuple(f.shape[-2:]) == size else F.interpolate(f, size=size, mode="area")
-
-
-def _rows(f: Tensor) -> Tensor:
-    return f.flatten(2).mT  # [B, C, h, w] -> [B, h * w, C]
-
 
 # ---- objective: random schedules --------------------------------------------------------------------------------------
 
