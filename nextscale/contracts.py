@@ -427,6 +427,7 @@ class Stepper(Protocol):
         """What the user gets of a state, [B, ...]: after the last step, or earlier as a preview."""
 
 
+@runtime_checkable
 class Sampling(Protocol):
     """How a system samples when the caller says nothing."""
 

@@ -232,14 +232,13 @@ def encode_images(
 
     def encode(view: int, first: int, bar: Any) -> _Shard:
         rows = range(first, min(first + SHARD, count))
-        loader = DataLoader(
-            Subset(data, rows), batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, asked)
-        )
+        gather = partial(_collate, asked, system.output.field)
+        loader = DataLoader(Subset(data, rows), batch_size=batch_size, num_workers=workers, collate_fn=gather)
         parts: list[Any] = []
         said: dict[str, list[Any]] = {name: [] for name in asked}
         numbers = Draws(generator_for(seed, view, "augment"), count, slice(first, rows.stop)).rand(settings.numbers)
         for batch, drawn in zip(loader, numbers.split(batch_size), strict=True):
-            images = batch["image"]
+            images = batch[system.output.field]
             if augmentation is not None:
                 images = augment(images, system.image_size, batch["mirror_ok"], drawn, augmentation)
             with torch.inference_mode():
@@ -259,7 +258,7 @@ def encode_images(
             return _joined([encode(view, first, bar) for view, first in pieces])
     key = {
         "tokenizer": fingerprint(system),
-        "images": f"{count} {_digest(data)}",
+        "images": f"{count} {_digest(data, system.output.field)}",
         "told": _told_digest(data, asked, team),
         "views": views,
         "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
@@ -308,9 +307,9 @@ def said_by(item: Mapping[str, Any], field: str, shape: tuple[int, ...] | None) 
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _collate(asked: Asked, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images and flags of items, and `said`, by the readers' names."""
-    batch = collate([{name: item[name] for name in ("image", "mirror_ok") if name in item} for item in items])
+def _collate(asked: Asked, content: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Content and flags of items, and `said`, by the readers' names."""
+    batch = collate([{name: item[name] for name in (content, "mirror_ok") if name in item} for item in items])
     return batch | {"said": {name: [said_by(item, *what) for item in items] for name, what in asked.items()}}
 
 
@@ -336,7 +335,7 @@ def _check_told(system: System, data: Any, augmentation: AugmentSettings | None)
             raise ValueError(
                 f"the data do not say {reader.field!r}, which this system is told; items have {', '.join(item)}"
             )
-        sizes = (tuple(item["image"].shape[-2:]), system.image_size)
+        sizes = (tuple(item[system.output.field].shape[-2:]), system.image_size)
         moves = augmentation and (
             augmentation.mirror or augmentation.shift or augmentation.scale or augmentation.crop > 1
         )
@@ -371,11 +370,11 @@ def _told_digest(data: Any, asked: Asked, team: Team) -> str:
     return hashlib.blake2b("".join([names, *(parts[first] for first in firsts)]).encode(), digest_size=16).hexdigest()
 
 
-def _digest(data: Any) -> str:
-    """A hash of sixteen images, evenly spaced: other data of the same length are told apart."""
+def _digest(data: Any, content: str) -> str:
+    """A hash of sixteen images (or what the content is), evenly spaced: other data of the same length are told apart."""
     digest = hashlib.blake2b(digest_size=16)
     for i in sorted({round(j * (len(data) - 1) / 15) for j in range(16)}):
-        digest.update(data[i]["image"].contiguous().numpy().tobytes())
+        digest.update(data[i][content].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -65,7 +65,7 @@ class System(nn.Module):
         sampling: how it samples by default.
         objective: what the model is trained for.
         readers: who reads what it is told, by name; the first one reads plain labels.
-        output: what its decoder makes.
+        output: what its decoder makes; None: images.
         stepper: its own loop; None: scale by scale.
         parts: further networks by name. They follow `.to(...)` like all others.
     """
@@ -82,7 +82,7 @@ class System(nn.Module):
         sampling: Sampling,
         objective: Objective,
         readers: Mapping[str, Reader],
-        output: Output = Images(),
+        output: Output | None = None,
         stepper: Stepper | None = None,
         parts: Mapping[str, Part] | None = None,
     ) -> None:
@@ -98,7 +98,8 @@ class System(nn.Module):
         self.sampling = sampling
         self.objective = objective
         self.readers = dict(readers)
-        self.output, self.stepper = output, stepper
+        self.output: Output = output or Images(self.tokenizer.channels)
+        self.stepper = stepper
         self.parts = nn.ModuleDict({name: part.module for name, part in (parts or {}).items()})
         self.roles: dict[str, Role] = {name: part.role for name, part in (parts or {}).items()}
         for name, role in self.roles.items():
@@ -206,13 +207,16 @@ def _listed(values: Any) -> Any:
 
 
 @torch.no_grad()
-def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> list[Tensor]:
+def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> list[Tokens]:
     """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size: a list of K int64 tensors [B, h_k * w_k] (of bits
-    uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits it."""
-    if images.ndim != 4 or (schedule is None and tuple(images.shape[-2:]) != system.image_size):
+    uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits it. Of other outputs: of
+    content with the output's shape."""
+    wanted = system.output.shape(system.schedule, system.tokenizer.stride)
+    if images.ndim != 1 + len(wanted) or (schedule is None and tuple(images.shape[1:]) != wanted):
+        field = system.output.field
+        hint = f"; read them with `ns.read_images(paths, size={wanted[1:]})`" if field == "image" else ""
         raise ValueError(
-            f"this system encodes images [B, C, {system.image_size[0]}, {system.image_size[1]}], got "
-            f"{list(images.shape)}; read them with `ns.read_images(paths, size={system.image_size})`"
+            f"this system encodes {field}s [B, {', '.join(map(str, wanted))}], got {list(images.shape)}{hint}"
         )
     return system.tokenizer.encode(images.to(system.device), schedule or system.schedule).tokens
 

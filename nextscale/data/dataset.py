@@ -54,9 +54,10 @@ def pictures(data: Any) -> Tensor | Pictures:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images of one size and flags become tensors, everything else a list with one entry an image."""
+    """Tensors of one shape and flags become tensors, everything else a list with one entry an item."""
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    if len({image.shape for image in batch["image"]}) == 1:
-        batch["image"] = torch.stack(batch["image"])
+    for name, values in batch.items():
+        if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
+            batch[name] = torch.stack(values)
     batch["mirror_ok"] = torch.tensor(batch.get("mirror_ok", [False] * len(items)))
     return batch

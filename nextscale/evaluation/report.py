@@ -92,6 +92,8 @@ def evaluate(
 
 
 def _check(system: System, data: Any, samples: int) -> None:
+    if system.output.field != "image":
+        raise ValueError(f"the report compares images, and this system makes {system.output.field}s")
     if samples < 2:
         raise ValueError(f"samples: expected at least 2, since they are compared with each other, got {samples}")
     for name in ("train", "val"):

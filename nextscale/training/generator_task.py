@@ -108,7 +108,8 @@ class GeneratorTask:
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Samples of the first labels in turn, with the same seeds each time."""
         told = shown(self.system, self.data, self.count)
-        return {"samples": sample(self.system.with_model(module), told, seed=0)}
+        samples = self.system.output.pictures(sample(self.system.with_model(module), told, seed=0))
+        return {} if samples is None else {"samples": samples}
 
     def averaged(self, average: Average | None, step: int) -> None:
         """Nothing is left to copy."""

@@ -38,11 +38,11 @@ def train_tokenizer(
     loss: TokenizerLoss = TokenizerLoss(),
     augmentation: AugmentSettings | None = None,
 ) -> System:
-    """Train the tokenizer of a system on images; goes on where a run in `out` stopped.
+    """Train the tokenizer of a system on images, or on what else its output is; goes on where a run in `out` stopped.
 
     Args:
         data: items are dicts with `image` [3, H, W] in [-1, 1] of the system's size, or of a whole multiple of it with
-            `augmentation` (and `augmentation.crop` times larger).
+            `augmentation` (and `augmentation.crop` times larger). Of other outputs: with their `field`.
         val: items with `image` of the system's size, which are judged every `validate_every` steps; None or empty: none.
         out: folder of the run; `out/system` holds the result, which `ns.load` reads.
 
@@ -55,13 +55,15 @@ def train_tokenizer(
     _check_size(system, data, augmentation)
     transform = _transform(system, augmentation)
 
-    def first_images(count: int = 512) -> Tensor:
+    def first_content(count: int = 512) -> Tensor:
         chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()  # type: ignore[arg-type]
         batch = collate([data[i] for i in chosen])
         draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
-        return (transform(batch, draws) if transform else batch)["image"]
+        return (transform(batch, draws) if transform else batch)[system.output.field]
 
-    task = TokenizerTask(system.tokenizer, system.schedule, config, loss, _some(val), first_images, team)
+    task = TokenizerTask(
+        system.tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
+    )
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     fit(task, data, config, out, "tokenizer", settings, transform, team)
     if team.leads:
@@ -197,10 +199,17 @@ def _some(val: Dataset | None) -> Dataset | None:
 
 
 def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | None) -> None:
-    """Without augmentation, which checks and reduces what it gets, images must have the system's size."""
-    size, got = system.image_size, tuple(data[0]["image"].shape[-2:])
+    """Without augmentation, which checks and reduces what it gets, content must have the system's size."""
+    field, item = system.output.field, data[0]
+    if field not in item:
+        raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
+    size, got = system.output.shape(system.schedule, system.tokenizer.stride), tuple(item[field].shape)
     if augmentation is None and got != size:
-        raise ValueError(f"this system makes images of {size}, got training images of {got}; read them at that size")
+        raise ValueError(
+            f"this system makes {field}s of {size}, got training {field}s of {got}; read them at that size"
+        )
+    if augmentation is not None and field != "image":
+        raise ValueError(f"augmentation changes images, but this system makes {field}s; leave it out")
 
 
 def _transform(system: System, augmentation: AugmentSettings | None) -> Any:
