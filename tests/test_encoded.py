@@ -152,5 +152,5 @@ def test_what_data_must_say():
     still = AugmentSettings(mirror=0, shift=0, scale=0)
     assert len(encode_images(aligned, data, augmentation=still)) == 2
     unknown = Choices(torch.tensor([[7]], dtype=torch.int32))
-    with pytest.raises(ValueError, match="the model does not know"):
+    with pytest.raises(ValueError, match="class number 7, but the model knows 0 to 2"):
         encoded.EncodedImages(torch.zeros(1, 30), {"label": unknown}).check(system)
