@@ -83,13 +83,14 @@ class EncodedImages(Dataset[dict[str, Any]]):
     def check(self, system: System) -> None:
         """Raise ValueError if the data say what a reader of the system does not know: other classes, for example."""
         for name, column in self.told.items():
-            if isinstance(column, Choices):
-                try:
-                    system.readers[name].check(column.values(column.numbers.unique()))
-                except ValueError as error:
-                    raise ValueError(
-                        f"the data say what the model does not know: {error}; build it with more"
-                    ) from None
+            if not isinstance(column, Choices):
+                continue
+            reader, most = system.readers[name], int(column.numbers.max())
+            if reader.choices and column.texts is None and most >= (known := len(reader.choices)):
+                raise ValueError(
+                    f"the data has class number {most}, but the model knows 0 to {known - 1}; build it with more classes"
+                )
+            reader.check(column.values(column.numbers.unique()))
 
     def said(self, which: int = 0) -> dict[str, Said]:
         """What is told of all images, by name, as `system.condition` takes it: the first of those that fit, or another."""

@@ -135,7 +135,7 @@ def test_progressive_stages():
         ordinary = newest in (3, stages[0])
         weight = 1.0 if ordinary else min(1.0, (step - first_of_stage + 1) / golden["prog_wp_it"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nextscale.training.generator_task.stage", lambda *_, s=newest, w=weight: (s, w))
+            patch.setattr("nextscale.training.objective.stage", lambda *_, s=newest, w=weight: (s, w))
             patch.setattr(task.optimizers["model"], "step", lambda: None)
             losses.append(float(task.step(parts(batch), step)["loss"]))
     torch.testing.assert_close(losses, golden["losses"], rtol=1e-5, atol=1e-5)

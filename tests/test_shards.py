@@ -116,6 +116,40 @@ class Rows:
     def select(self, places):
         return Rows([self.rows[i] for i in places])
 
+    def remove_columns(self, names):
+        return Rows([{name: value for name, value in row.items() if name not in names} for row in self.rows])
+
+
+def test_a_system_is_judged_on_shards_and_on_rows_of_the_hub(tmp_path, monkeypatch):
+    """Images are read when they are asked for; what they say needs none."""
+    from small import small
+
+    from nextscale.data.dataset import Pictures, pictures
+    from nextscale.evaluation import report
+    from nextscale.recipes.generators import var
+
+    monkeypatch.setattr(
+        report, "lite0_features", lambda images, network: torch.stack([i.mean((1, 2)) for i in images[:9]])
+    )
+    monkeypatch.setattr(report, "Lite0", lambda: None)
+    members = {}
+    for i in range(12):
+        members |= {f"{i:03}.png": png(i), f"{i:03}.cls": str(i % 2).encode()}
+    write(tmp_path / "s.tar", members)
+    rows = Rows([{"image": picture(i), "label": i % 2, "text": f"row {i}"} for i in range(12)])
+    sources = {
+        "shards": ns.web_shards(str(tmp_path / "s.tar"), 32, validation=0.4),
+        "hub": ns.hub_images({"train": rows, "test": rows.select(range(4))}, 32, caption="text"),
+    }
+    for name, data in sources.items():
+        assert len(data.val) > 1 and isinstance(pictures(data.train), Pictures)
+        item = data.train[1]
+        assert data.train.said(1) == {key: value for key, value in item.items() if key != "image"}
+        system = var.build(small(num_classes=2, classes=data.classes), seed=1)
+        found = report.evaluate(system, data, tmp_path / name, samples=3, progress=False)
+        assert found["samples"]["distance"]["validation"]["count"] == len(data.val)
+        assert (tmp_path / name / "report.md").is_file()
+
 
 def test_rows_of_the_hub(tmp_path):
     rows = Rows([{"image": picture(i), "label": i % 2, "text": f"row {i}"} for i in range(4)])

@@ -1,0 +1,247 @@
+"""What is told of images: readers by name, conditions with open parts, their nulls, dropping and guidance."""
+
+import numpy as np
+import pytest
+import torch
+from small import small
+from torch import nn
+
+import nextscale as ns
+from nextscale.condition import Condition
+from nextscale.draws import Draws
+from nextscale.model.class_condition import ClassCondition
+from nextscale.model.transformer import Transformer
+from nextscale.readers import ClassReader, Given, TensorReader
+from nextscale.recipes.generators import infinity, var
+from nextscale.sampling.guidance import Guidance
+from nextscale.system import System
+from nextscale.training.config import GeneratorLoss
+from nextscale.training.objective import dropped
+
+CLASSES = ("cat", "dog", "horse")
+STYLES = ("ink", "oil")
+
+
+class LabelAndStyle(nn.Module):
+    """Two parts, each with its own null; `compose` adds them up. A map, if there is one, is averaged to a third."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.label, self.style = (ClassCondition(n, dim, name) for n, name in ((3, "label"), (2, "style")))
+        self.mean = nn.Linear(3, dim)
+        self.no_map = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, told) -> Condition:
+        given = told["map"]
+        mean = self.mean(given.values.mean(dim=(2, 3)))
+        view = torch.where(given.null[:, None], self.no_map, mean)
+        return Condition(label=self.label(told).vec, style=self.style(told).vec, map=view)
+
+    def null(self, condition: Condition) -> Condition:
+        label, style = self.label.null(condition).vec, self.style.null(condition).vec
+        return Condition(label=label, style=style, map=self.no_map.expand(len(condition), -1))
+
+
+def compose(condition: Condition) -> Condition:
+    vec = condition["label"] + condition["style"] + condition["map"]
+    return condition.replace(start=vec.unsqueeze(1), vec=vec)
+
+
+class Composing(Transformer):
+    """As a transformer with `compose`."""
+
+    def prepare(self, condition: Condition):
+        return super().prepare(compose(condition))
+
+
+def several() -> System:
+    """A system that is told a label, a style and a map."""
+    plain = var.build(small(num_classes=3, classes=CLASSES), seed=1)
+    config = plain.config
+    model = Composing(
+        config.transformer,
+        config.pyramid.code_dim,
+        LabelAndStyle(config.transformer.dim),
+        plain.model.positions,
+        plain.model.head,
+    )
+    model.reset_parameters(torch.Generator().manual_seed(3))
+    readers = {
+        "label": ClassReader(CLASSES, 3),
+        "style": ClassReader(STYLES, 2, field="style"),
+        "map": TensorReader("map", (3, 8, 8)),
+    }
+    return System(
+        plain.recipe,
+        config,
+        plain.schedule,
+        plain.tokenizer,
+        model,
+        CLASSES,
+        objective=plain.objective,
+        readers=readers,
+    )
+
+
+def items(count: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "image": torch.rand(3, 32, 32, generator=generator) * 2 - 1,
+            "label": CLASSES[i % 3],
+            "style": None if i % 4 == 3 else i % 2,
+            "map": None if i == 2 else torch.rand(3, 8, 8, generator=generator),
+            "mirror_ok": True,
+        }
+        for i in range(count)
+    ]
+
+
+# ---- readers ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_names_numbers_of_any_kind_or_none():
+    read = ClassReader(CLASSES, 3)
+    said = ["dog", 0, None, np.int64(2), torch.tensor(1), 3, np.str_("cat")]
+    assert read(said).tolist() == [1, 0, 3, 2, 1, 3, 0]
+    assert list(read.choices) == list(CLASSES) and list(ClassReader((), 2).choices) == [0, 1]
+    for wrong, words in (("dig", "did you mean 'dog'"), (4, "from 0 to 2"), (-1, "from 0 to 2"), (1.5, "got 1.5")):
+        with pytest.raises(ValueError, match=words):
+            read.check([wrong])
+
+
+def test_tensors_are_stacked_and_missing_ones_are_marked():
+    read = TensorReader("view", (2, 3))
+    given = read([torch.ones(2, 3), None, np.full((2, 3), 2.0)])
+    assert given.null.tolist() == [False, True, False] and given.values.dtype == torch.float32
+    assert given.values.flatten(1).mean(1).tolist() == [1, 0, 2]
+    again = given.listed()
+    assert again[1] is None and torch.equal(again[2], given.values[2])
+    with pytest.raises(ValueError, match=r"view: expected tensors \[2, 3\].* \[3\]"):
+        read([torch.ones(3)])
+    with pytest.raises(ValueError, match="expected a tensor"):
+        read(["a word"])
+
+
+def test_numbers_of_numpy_and_torch_are_labels_and_seeds():
+    system = var.build(small(num_classes=3, classes=CLASSES), seed=1)
+    expected = ns.sample(system, [1, 2], seed=3)
+    for labels in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)], np.array(["dog", "horse"])):
+        for seed in (np.int64(3), torch.tensor(3), [3, 4], np.array([3, 4]), torch.tensor([3, 4])):
+            assert torch.equal(ns.sample(system, labels, seed=seed), expected)
+
+
+def test_what_is_left_out_says_nothing_and_one_value_is_for_all():
+    system = several()
+    told = system.told({"style": "oil", "label": ["cat", None]})
+    assert told == {"label": ["cat", None], "style": ["oil", "oil"], "map": [None, None]}
+    assert system.told(["cat", "dog"]) == {"label": ["cat", "dog"], "style": [None] * 2, "map": [None] * 2}
+    assert system.told("cat", 3)["label"] == ["cat"] * 3
+    with pytest.raises(ValueError, match="told 'label' and 'style' and 'map', got 'colour'"):
+        system.told({"colour": "red"})
+    with pytest.raises(ValueError, match=r"each of 3 images, got 2 \(label\) and 3 \(style\)"):
+        system.told({"label": ["cat", "dog"], "style": [0, 1, 0]})
+    with pytest.raises(ValueError, match="unknown label 'dig'"):
+        ns.sample(system, {"label": ["dig"]})
+
+
+# ---- conditions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_and_its_mask_are_one():
+    mask = torch.tensor([[True, True], [True, False]])
+    condition = Condition({"words": mask}, words=torch.ones(2, 2, 4), vec=torch.ones(2, 3), nothing=None)
+    null = Condition({"words": ~mask}, words=torch.zeros(2, 2, 4), vec=torch.zeros(2, 3))
+    assert set(condition.parts()) == {"words", "vec"} and "nothing" not in condition and condition.context is None
+    rows = torch.tensor([True, False])
+    mixed = condition.mix(null, {"words": rows})
+    assert torch.equal(mixed.masks["words"], torch.stack([~mask[0], mask[1]]))
+    assert mixed["words"].flatten(1).mean(1).tolist() == [0, 1] and torch.equal(mixed.vec, condition.vec)
+    assert torch.equal(condition.select(torch.tensor([1, 1, 0])).masks["words"], mask[[1, 1, 0]])
+    both = Condition.cat([condition, null])
+    assert len(both) == 4 and torch.equal(both.masks["words"], torch.cat([mask, ~mask]))
+    fewer = condition.replace(words=None)
+    assert set(fewer.parts()) == {"vec"} and not fewer.masks
+    with pytest.raises(ValueError, match="no part 'start'; it has words, vec"):
+        _ = condition.start
+    with pytest.raises(ValueError, match="no part 'style'"):
+        condition.mix(null, {"style": rows})
+    with pytest.raises(ValueError, match="one shape, and both a mask or none"):
+        condition.mix(null.replace(words=torch.zeros(2, 5, 4)), {"words": rows})
+    with pytest.raises(ValueError, match="one row an image"):
+        Condition(a=torch.ones(2, 1), b=torch.ones(3, 1))
+
+
+def test_dropping_a_context_takes_the_mask_of_its_null():
+    system = infinity.build(infinity.tiny(), seed=1)
+    negative = infinity.with_negative(system, "a very long text of many words")
+    condition = negative.condition(["short", "red apple"])
+    null = negative.model.conditioner.null(condition)
+    everywhere = torch.ones(2, dtype=torch.bool)
+    mixed = condition.mix(null, {"context": everywhere})
+    assert torch.equal(mixed.context_mask, null.context_mask)
+    assert not torch.equal(mixed.context_mask, condition.context_mask)
+    assert torch.equal(mixed.vec, condition.vec) and torch.equal(mixed.context, null.context)
+
+
+def test_parts_are_dropped_together_or_each_on_its_own():
+    system = several()
+    condition = system.condition({"label": ["cat"] * 400, "style": "oil", "map": [torch.ones(3, 8, 8)] * 400})
+    null = system.model.conditioner.null(condition)
+
+    def lost(**settings):
+        draws = Draws(torch.Generator().manual_seed(0), 400)
+        found = dropped(condition, system.model.conditioner, GeneratorLoss(**settings), draws)
+        return {name: (part == null[name]).all(dim=1) for name, part in found.parts().items() if name != "map"}
+
+    together = lost(drop_condition=0.3)
+    assert torch.equal(together["label"], together["style"]) and 80 < together["label"].sum() < 160
+    alone = lost(drop_condition=0.3, drop_parts={"style": 0.5})
+    assert torch.equal(alone["label"], together["label"])  # the same random numbers
+    assert (alone["style"] | ~together["style"]).all() and 220 < alone["style"].sum() < 300
+    with pytest.raises(ValueError, match="no part 'colour'"):
+        lost(drop_parts={"colour": 0.1})
+
+
+def test_guidance_of_three_branches_that_lack_different_parts():
+    system = several()
+    told = {"label": ["cat", "dog"], "style": ["oil", "ink"]}
+    drops = ((), ("style",), ("label", "style", "map"))
+
+    def guided(*weights):
+        return ns.sample_tokens(system, told, guidance=Guidance(lambda s, k: weights, drops), pick=ns.greedy)
+
+    def plain(told):
+        return ns.sample_tokens(system, told, guidance=ns.cfg(1.0), pick=ns.greedy)
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    assert same(guided(1.0, 0.0, 0.0), plain(told))
+    assert same(guided(0.0, 1.0, 0.0), plain({"label": ["cat", "dog"]}))
+    assert same(guided(0.0, 0.0, 1.0), plain([None, None]))
+    assert not same(guided(5.0, -2.0, -2.0), plain(told))
+
+
+# ---- end to end -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_styles_and_maps_train_a_system(tmp_path):
+    system, data = several(), items()
+    before = {name: tensor.clone() for name, tensor in system.model.state_dict().items()}
+    config = ns.TrainConfig(steps=3, batch_size=4, log_every=1, validate_every=3, warmup=0)
+    loss = GeneratorLoss(drop_parts={"style": 0.2})
+    trained = ns.train_model(system, data, config, out=tmp_path, val=data[:4], loss=loss)
+    after = trained.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {"conditioner.label.embedding.weight", "conditioner.style.embedding.weight"} <= moved
+    assert {"conditioner.mean.weight", "conditioner.no_map"} <= moved
+    told = {"label": ["cat", 2], "style": "oil", "map": torch.rand(2, 3, 8, 8)}
+    one = ns.sample_tokens(trained, told, seed=1)
+    assert ns.decode(trained, one).isfinite().all()
+    for name in told:  # each of them is heard
+        silent = {other: values for other, values in told.items() if other != name} | {name: [None, None]}
+        assert not torch.equal(ns.logits(trained, one, told), ns.logits(trained, one, silent))
+    filled = ns.inpaint(trained, torch.zeros(2, 3, 32, 32), box=(0, 0, 0.5, 0.5), labels={"label": "cat", "style": 0})
+    assert filled.shape == (2, 3, 32, 32)
+    assert isinstance(system.readers["map"]([None]), Given)
