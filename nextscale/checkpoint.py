@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nextscale.files import atomic_write, digest
+from nextscale.modules import as_module
 from nextscale.settings import Settings
 from nextscale.system import System, find_method, find_recipe
 
@@ -128,9 +129,9 @@ def load(
 
 def saved_parts(system: System) -> dict[str, nn.Module]:
     """The parts whose weights belong to a system, by name: tokenizer, model, and all others that are not external."""
-    parts: dict[str, nn.Module | None] = {"tokenizer": system.tokenizer, "model": system.model}
-    parts |= {name: module for name, module in system.parts.items() if system.roles[name] != "external"}
-    return {name: module for name, module in parts.items() if module is not None}
+    parts = {"tokenizer": system.tokenizer, "model": system.model}
+    own = {name: as_module(part) for name, part in parts.items() if part is not None}
+    return own | {name: module for name, module in system.parts.items() if system.roles[name] != "external"}
 
 
 def _settings(kind: type[Settings], values: dict[str, Any], folder: Path, what: str) -> Any:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from nextscale.sampling.state import State
     from nextscale.system import System
 
+# What a part made for itself, and what nobody else looks into.
+Opaque = Any
+OwnTokens = Any  # tokens of the kind that the part is for
 Kind = Literal["ids", "bits", "vectors", "mixed"]
 TokenType = Callable[..., Tokens] | None
 Corrupt = Callable[[Tokens, int], Tokens]
@@ -162,9 +165,11 @@ class Tokenizer(Protocol):
     """Content to feature maps and back, around a pyramid. channels: of the content. stride: extent of the content for each
     cell of the feature map."""
 
-    pyramid: Pyramid
     channels: int
     stride: int
+
+    @property
+    def pyramid(self) -> Pyramid: ...
 
     def features(self, content: Tensor) -> Tensor:
         """The feature map that is quantized, float32 [B, C, H, W]."""
@@ -184,7 +189,8 @@ class TrainableTokenizer(Tokenizer, Protocol):
     """A tokenizer that `train_tokenizer` can train. networks: those that `compile` compiles. last_weight: of the decoder's
     last layer, where gradients of losses are compared."""
 
-    pyramid: TrainablePyramid
+    @property
+    def pyramid(self) -> TrainablePyramid: ...
 
     @property
     def networks(self) -> Sequence[nn.Module]: ...
@@ -265,12 +271,16 @@ class KeyCache(LayerCache, Protocol):
 class Block(Protocol):
     """One layer of the transformer. branches: parts of it that methods may wrap."""
 
-    branches: nn.ModuleList
+    @property
+    def branches(self) -> Sequence[Branch]: ...
 
-    def prepare(self, condition: Condition) -> Any:
+    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+        """Its initial weights, after linear layers and embeddings have the usual ones; `settings`: the transformer's."""
+
+    def prepare(self, condition: Condition) -> Opaque:
         """What depends on the condition alone: tensors [B, ...] in nested tuples, one entry a branch."""
 
-    def __call__(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def __call__(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
         """[B, l, D] to [B, l, D]."""
 
     def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
@@ -281,8 +291,37 @@ class Block(Protocol):
 class Branch(Protocol):
     """One residual branch of a block."""
 
-    def __call__(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def __call__(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
         """What is added to the residual stream [B, l, D]."""
+
+
+class Layer(Protocol):
+    """What a modulated branch computes, in two steps, so that what lies before the first product of matrices need not be kept
+    for the backward pass."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """The first product of matrices, of inputs [B, l, D]."""
+
+    def __call__(self, projected: Tensor, span: Span, cache: LayerCache | None = None) -> Tensor:
+        """The rest, [B, l, D]."""
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that its result comes from; initial weights of deep transformers shrink it."""
+
+
+@runtime_checkable
+class Positions(Protocol):
+    """Where tokens are. start: [1 or l_0, D], added to the start tokens."""
+
+    @property
+    def start(self) -> Tensor: ...
+
+    def __call__(self, span: Span) -> Tensor:
+        """What is added to the residual stream of the tokens at hand, [l, D] (of kept tokens [B, kept, D])."""
+
+    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+        """Its initial weights, after linear layers and embeddings have the usual ones."""
 
 
 class Prepared(Protocol):
@@ -309,20 +348,20 @@ class Model(Protocol):
 
     conditioner: Conditioner
     head: Head
-    blocks: nn.ModuleList
+    blocks: Sequence[Block]
 
-    def prepare(self, condition: Condition) -> Any:
-        """Everything that depends on the condition alone."""
+    def prepare(self, condition: Condition) -> Opaque:
+        """Everything that depends on the condition alone (`Prepared`)."""
 
     def hidden(
-        self, inputs: Tensor | None, prepared: Any, span: Span, cache: Any = None, *, commit: bool = True
+        self, inputs: Tensor | None, prepared: Opaque, span: Span, cache: Opaque = None, *, commit: bool = True
     ) -> Tensor:
         """Hidden states for the head, [B, l, D]. With `commit=False` the cache stays as it is."""
 
-    def new_cache(self, prepared: Any, schedule: Schedule) -> Any:
-        """An empty cache for the rows of `prepared` and all scales of a schedule."""
+    def new_cache(self, prepared: Opaque, schedule: Schedule) -> Opaque:
+        """An empty cache (`Cache`) for the rows of `prepared` and all scales of a schedule."""
 
-    def with_blocks(self, blocks: Iterable[nn.Module]) -> Model:
+    def with_blocks(self, blocks: Iterable[Block]) -> Model:
         """The same model with these blocks; nothing is copied."""
 
     def flop(self, schedule: Schedule) -> float:
@@ -333,16 +372,19 @@ class Model(Protocol):
 class Head(Protocol):
     """What is predicted for each token: its loss, its likelihood, its sampling."""
 
+    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+        """Its initial weights, after linear layers and embeddings have the usual ones; `settings`: the transformer's."""
+
     def __call__(self, h: Tensor) -> Tensor:
         """What guidance combines: logits float32 [B, l, V] or [B, l, d, 2]; a head without any raises ValueError."""
 
-    def loss(self, h: Tensor, targets: Tokens, draws: Draws, label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, h: Tensor, targets: OwnTokens, draws: Draws, label_smoothing: float = 0.0) -> Tensor:
         """Loss of each token, [B, l]; `draws`: the images' random numbers, for heads that need some."""
 
-    def judge(self, h: Tensor, targets: Tokens, draws: Draws) -> dict[str, Tensor]:
+    def judge(self, h: Tensor, targets: OwnTokens, draws: Draws) -> dict[str, Tensor]:
         """Measures of each token by name, [B, l] each; the first one is the loss that validation reports."""
 
-    def log_prob(self, h: Tensor, tokens: Tokens) -> Tensor:
+    def log_prob(self, h: Tensor, tokens: OwnTokens) -> Tensor:
         """Log-likelihood of each token in nats, [B, l]; a head without one raises ValueError."""
 
     def sample(self, h: Tensor, combine: Combine, pick: Pick, generators: Generators) -> Tokens:

@@ -29,6 +29,7 @@ from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.files import atomic_write
+from nextscale.modules import as_module
 from nextscale.processes import Team
 from nextscale.readers import Given, TensorReader
 from nextscale.system import System
@@ -198,7 +199,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
 def fingerprint(system: System) -> str:
     """A hash of everything that tokens depend on: the tokenizer's weights and the schedule."""
     digest = hashlib.blake2b(str(system.schedule).encode(), digest_size=16)
-    for name, tensor in sorted(system.tokenizer.state_dict().items()):
+    for name, tensor in sorted(as_module(system.tokenizer).state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Objective, Output, Reader, Sampling, Stepper
-from nextscale.modules import replaced
+from nextscale.contracts import Model, Objective, Output, Reader, Sampling, Stepper, Tokenizer
+from nextscale.modules import as_module, replaced
 from nextscale.output import Images
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -75,8 +75,8 @@ class System(nn.Module):
         recipe: str,
         config: Settings,
         schedule: Schedule,
-        tokenizer: nn.Module,
-        model: nn.Module | None,
+        tokenizer: Tokenizer,
+        model: Model | None,
         classes: Sequence[str] = (),
         *,
         sampling: Sampling,
@@ -91,9 +91,10 @@ class System(nn.Module):
         self.config: Any = config
         self.schedule = schedule
         # Parts are known by their contracts, not by a base class.
-        self.tokenizer: Any = tokenizer
-        self.model: Any
-        self.register_module("model", model)
+        self.tokenizer: Tokenizer
+        self.model: Model | None
+        self.register_module("tokenizer", as_module(tokenizer))
+        self.register_module("model", None if model is None else as_module(model))
         self.classes = tuple(classes)
         self.sampling = sampling
         self.objective = objective
@@ -108,20 +109,20 @@ class System(nn.Module):
         self.changes: tuple[Change, ...] = ()
         self.eval()
 
-    def with_model(self, model: nn.Module) -> System:
+    def with_model(self, model: Model) -> System:
         """The same system around another model of the same weights' names: nothing is copied."""
-        return replaced(self, model=model)
+        return replaced(self, model=as_module(model))
 
     def changed(
-        self, recipe: str, config: Settings, *, model: nn.Module | None = None, stepper: Stepper | None = None
+        self, recipe: str, config: Settings, *, model: Model | None = None, stepper: Stepper | None = None
     ) -> System:
         """This system after a method changed its model or its loop; it shares all weights and goes on in the same mode. The
         recipe's name and settings are kept, so that the result can be saved, loaded and changed again."""
         known = set(self.modules())
-        for module in () if model is None else model.modules():
+        for module in () if model is None else as_module(model).modules():
             if module not in known:  # new ones are in training mode
-                module.training = self.need_model().training
-        other = replaced(self) if model is None else replaced(self, model=model)
+                module.training = as_module(self.need_model()).training
+        other = replaced(self) if model is None else replaced(self, model=as_module(model))
         other.stepper = self.stepper if stepper is None else stepper
         other.changes = (*self.changes, Change(recipe, config, self))
         return other
@@ -153,7 +154,7 @@ class System(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def need_model(self) -> Any:
+    def need_model(self) -> Model:
         """The model, or a clear error for a system that has a tokenizer alone."""
         if self.model is None:
             raise ValueError(

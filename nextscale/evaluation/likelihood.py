@@ -154,8 +154,8 @@ def scale_counts(system: System, tokens: Rows, batch_size: int = 4096) -> list[T
     pyramid, totals = system.tokenizer.pyramid, None
     for first in range(0, rows_in(tokens), batch_size):
         some = rows_of(tokens, slice(first, first + batch_size))
-        ids = some if isinstance(some, Tensor) else pyramid.choices(some)
-        counts = code_counts(system.schedule.split(ids), pyramid.codes)
+        chosen = [pyramid.choices(token_map) for token_map in system.schedule.split(some)]
+        counts = code_counts([ids for ids in chosen if ids is not None], pyramid.codes)
         totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
     if totals is None:
         raise ValueError("there are no tokens; nothing can be counted")

@@ -37,6 +37,7 @@ from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.features import Lite0
 from nextscale.files import atomic_write
+from nextscale.modules import as_module
 from nextscale.output import at_size, psnr
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
@@ -117,7 +118,7 @@ def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]
         "scales": str(system.schedule),
         "image_size": list(system.image_size),
         "parameters": {
-            name: sum(p.numel() for p in part.parameters())
+            name: sum(p.numel() for p in as_module(part).parameters())
             for name, part in (("tokenizer", system.tokenizer), ("model", system.model))
             if part is not None
         },

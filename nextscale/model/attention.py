@@ -221,6 +221,10 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if unit_norm else None
         self.proj = Linear(dim, dim)
 
+    @property
+    def last(self) -> nn.Linear:
+        return self.proj
+
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of inputs [B, l, D], [B, l, 3 D]."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.contracts import Combine, Generators, Pick
 from nextscale.draws import Draws
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.tokens import Soft, Tokens, each
@@ -62,9 +62,7 @@ class BitHead(nn.Module):
         )
         return flat.view(targets.shape)
 
-    def sample(
-        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tokens], generators: Any
-    ) -> Tokens:
+    def sample(self, h: Tensor, combine: Combine, pick: Pick, generators: Generators) -> Tokens:
         """Bits uint8 [B, l, d] (or soft weights of both values) of hidden states [rows, l, D]: one choice a bit."""
         logits = combine(self(h))  # [B, l, d, 2]
         picked = pick(logits.flatten(1, 2), generators)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Block as ABlock
-from nextscale.contracts import LayerCache
+from nextscale.contracts import Branch as ABranch
+from nextscale.contracts import Layer, LayerCache, Opaque
 from nextscale.model.attention import KVCache, SelfAttention
 from nextscale.model.lean import Linear, checkpointed
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.modules import as_module, module_list
 from nextscale.schedule import Span
 
 
@@ -25,6 +27,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.fc2
 
     def project(self, x: Tensor) -> Tensor:  # [B, l, D] -> [B, l, hidden]
         return self.fc1(x)
@@ -43,10 +49,11 @@ class Branch(nn.Module):
     product of matrices need not be kept for the backward pass.
     """
 
-    def __init__(self, layer: Any, settings: TransformerSettings, drop_path: float) -> None:
+    def __init__(self, layer: Layer, settings: TransformerSettings, drop_path: float) -> None:
         super().__init__()
         self.norm = plain_norm(settings)
-        self.layer: Any = layer
+        self.layer: Layer
+        self.register_module("layer", as_module(layer))
         self.dropout = nn.Dropout(settings.dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -112,6 +119,11 @@ class SharedModulation(nn.Module):
         self.offset[gates:].mul_(settings.init_adaln)
 
 
+def modulation(settings: TransformerSettings, parts: int = 6) -> OwnModulation | SharedModulation:
+    """A block's AdaLN, as the settings want it."""
+    return (SharedModulation if settings.shared_adaln else OwnModulation)(settings.dim, parts)
+
+
 class Block(nn.Module):
     """Attention and feed-forward branches, each modulated by the condition.
 
@@ -126,8 +138,9 @@ class Block(nn.Module):
         self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         attention = SelfAttention(s.dim, s.num_heads, s.unit_norm)
         feed_forward = FeedForward(s.dim, round(s.dim * s.mlp_ratio))
-        self.branches = nn.ModuleList(Branch(layer, s, drop_path) for layer in (attention, feed_forward))
-        self.modulation: Any = (SharedModulation if s.shared_adaln else OwnModulation)(s.dim, parts=6)
+        self.branches: Sequence[Branch]
+        self.register_module("branches", module_list(Branch(each, s, drop_path) for each in (attention, feed_forward)))
+        self.modulation = modulation(s)
 
     def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
         """Gate, scale and shift of each branch, [B, 3, 1, D]."""
@@ -148,9 +161,8 @@ class Block(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
         """After the usual weights: a branch's last layer shrinks with depth, and gates start almost closed."""
-        layers: list[Any] = [branch.layer for branch in self.branches]
-        for last in (layers[0].proj, layers[1].fc2):
-            last.weight.div_(math.sqrt(2 * settings.depth))
+        for branch in self.branches:
+            branch.layer.last.weight.div_(math.sqrt(2 * settings.depth))
         self.modulation.reset_parameters(settings, generator)
 
 
@@ -159,21 +171,26 @@ class BlockWrapper(nn.Module):
 
     def __init__(self, block: ABlock) -> None:
         super().__init__()
-        self.block = block
+        self.block: ABlock
+        self.register_module("block", as_module(block))
 
     @property
-    def branches(self) -> nn.ModuleList:
+    def branches(self) -> Sequence[ABranch]:
         return self.block.branches
 
-    def prepare(self, condition: Condition) -> Any:
+    def prepare(self, condition: Condition) -> Opaque:
         """The inner block's own."""
         return self.block.prepare(condition)
+
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """The inner block's own."""
+        self.block.reset_parameters(settings, generator)
 
     def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
         """The inner block's own."""
         return self.block.new_cache(rows, length, like)
 
-    def forward(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
         """[B, l, D] to [B, l, D]."""
         return self.block(h, prepared, span, cache)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.contracts import Combine, Generators, Pick
 from nextscale.draws import Draws
 from nextscale.model.lean import Linear
 from nextscale.model.transformer_settings import TransformerSettings
@@ -54,8 +52,6 @@ class SoftmaxHead(nn.Module):
         )
         return flat.view(targets.shape)
 
-    def sample(
-        self, h: Tensor, combine: Callable[[Tensor], Tensor], pick: Callable[[Tensor, Any], Tokens], generators: Any
-    ) -> Tokens:
+    def sample(self, h: Tensor, combine: Combine, pick: Pick, generators: Generators) -> Tokens:
         """Tokens of hidden states [rows, l, D]: logits, branches combined to [B, l, V], one choice a token."""
         return pick(combine(self(h)), generators)

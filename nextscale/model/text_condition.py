@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import LayerCache
+from nextscale.contracts import Conditioner, LayerCache, Opaque
 from nextscale.model.attention import KVCache, Projection, by_products, trains_in_half_on_cpu
-from nextscale.model.block import Branch, FeedForward, OwnModulation, SharedModulation
+from nextscale.model.block import Branch, FeedForward, modulation
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
 from nextscale.model.transformer_settings import TransformerSettings
+from nextscale.modules import as_module, module_list
 from nextscale.schedule import Span
 
 
@@ -128,6 +129,10 @@ class CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = Linear(dim, dim)
 
+    @property
+    def last(self) -> nn.Linear:
+        return self.proj
+
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # [B, l, D]
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, l, head_dim]
         return self.proj(cross_attention(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -181,16 +186,13 @@ class TextBlock(nn.Module):
         self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         hidden = round_to * max(1, round(s.dim * s.mlp_ratio / round_to))
         attention = RotaryAttention(s.dim, s.num_heads, rotary, s.unit_norm)
-        self.branches: Any = nn.ModuleList(
-            [
-                Branch(attention, s, drop_path),
-                ContextBranch(s, context_scale),
-                Branch(FeedForward(s.dim, hidden), s, drop_path),
-            ]
-        )
-        self.modulation: Any = (SharedModulation if s.shared_adaln else OwnModulation)(s.dim, parts=6)
+        first, context = Branch(attention, s, drop_path), ContextBranch(s, context_scale)
+        last = Branch(FeedForward(s.dim, hidden), s, drop_path)
+        self.branches: tuple[Branch, ContextBranch, Branch]
+        self.register_module("branches", module_list((first, context, last)))
+        self.modulation = modulation(s)
 
-    def prepare(self, condition: Condition) -> tuple[Any, ...]:
+    def prepare(self, condition: Condition) -> tuple[Opaque, ...]:
         """What each branch needs of the condition: modulation [B, 3, 1, D], keys and values of the text, modulation."""
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         first, last = parts.unflatten(1, (3, 2)).unbind(2)
@@ -201,7 +203,7 @@ class TextBlock(nn.Module):
         return KVCache(rows, self.num_heads, length, self.head_dim, like)
 
     def forward(
-        self, h: Tensor, prepared: tuple[Any, ...], span: Span, cache: LayerCache | None = None
+        self, h: Tensor, prepared: tuple[Opaque, ...], span: Span, cache: LayerCache | None = None
     ) -> Tensor:  # [B, l, D]
         for branch, own in zip(self.branches, prepared, strict=True):
             h = h + branch(h, own, span, cache)
@@ -210,9 +212,8 @@ class TextBlock(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
         """After the usual weights: a branch's last layer shrinks with depth, and gates start almost closed."""
-        attention, context, feed_forward = (branch.layer for branch in self.branches)
-        for last in (attention.proj, context.proj, feed_forward.fc2):
-            last.weight.div_(math.sqrt(2 * settings.depth))
+        for branch in self.branches:
+            branch.layer.last.weight.div_(math.sqrt(2 * settings.depth))
         self.modulation.reset_parameters(settings, generator)
 
 
@@ -237,9 +238,10 @@ class NegativeText(nn.Module):
     `name`: what the texts' reader is called.
     """
 
-    def __init__(self, conditioner: nn.Module, negative: Text, name: str = "caption") -> None:
+    def __init__(self, conditioner: Conditioner, negative: Text, name: str = "caption") -> None:
         super().__init__()
-        self.conditioner: Any = conditioner
+        self.conditioner: Conditioner
+        self.register_module("conditioner", as_module(conditioner))
         self.negative, self.name = negative, name
 
     def forward(self, told: Mapping[str, Any]) -> Condition:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
+from nextscale.contracts import Block as ABlock
+from nextscale.contracts import Conditioner, Head, Positions
 from nextscale.model.attention import Cache
 from nextscale.model.block import Block, OwnModulation, plain_norm
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.modules import replaced
+from nextscale.modules import as_module, module_list, replaced
 from nextscale.schedule import Schedule, Span
 
 
@@ -65,10 +67,10 @@ class Transformer(nn.Module):
         self,
         settings: TransformerSettings,
         code_dim: int,
-        conditioner: nn.Module,
-        positions: nn.Module,
-        head: nn.Module,
-        block: Callable[[TransformerSettings, float], nn.Module] = Block,
+        conditioner: Conditioner,
+        positions: Positions,
+        head: Head,
+        block: Callable[[TransformerSettings, float], ABlock] = Block,
         positions_before: tuple[int, ...] = (0,),
         compose: Callable[[Condition], Condition] | None = None,
     ) -> None:
@@ -76,16 +78,20 @@ class Transformer(nn.Module):
         dim, depth = settings.dim, settings.depth
         self.settings = settings
         # Parts are known by their contracts, not by a base class.
-        self.conditioner: Any = conditioner
-        self.positions: Any = positions
+        self.conditioner: Conditioner
+        self.positions: Positions
+        self.register_module("conditioner", as_module(conditioner))
+        self.register_module("positions", as_module(positions))
         self.embed_input = nn.Linear(code_dim, dim)
         self.shared_modulation = OwnModulation(dim, parts=6) if settings.shared_adaln else None
         rates = [settings.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks: Any = nn.ModuleList(block(settings, rate) for rate in rates)
+        self.blocks: Sequence[ABlock]
+        self.register_module("blocks", module_list(block(settings, rate) for rate in rates))
         self.positions_before, self.compose = positions_before, compose
         self.norm = plain_norm(settings)
         self.head_modulation = OwnModulation(dim, parts=2)
-        self.head: Any = head
+        self.head: Head
+        self.register_module("head", as_module(head))
 
     def prepare(self, condition: Condition) -> Prepared:
         """Everything that depends on the condition alone; call it once an image, not once a scale."""
@@ -140,14 +146,15 @@ class Transformer(nn.Module):
     def flop(self, schedule: Schedule) -> float:
         """Floating-point operations of a forward pass for one image, estimated: those of the matrix products in branches,
         input embedding, head and attention."""
-        parts = [self.embed_input, self.head, *(branch for block in self.blocks for branch in block.branches)]
-        weights = sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+        branches = [branch for block in self.blocks for branch in block.branches]
+        modules = [module for part in (self.embed_input, self.head, *branches) for module in as_module(part).modules()]
+        weights = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
         pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
         return 2.0 * weights * schedule.length + 4 * pairs * self.settings.dim * len(self.blocks)
 
-    def with_blocks(self, blocks: Iterable[nn.Module]) -> Transformer:
+    def with_blocks(self, blocks: Iterable[ABlock]) -> Transformer:
         """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""
-        return replaced(self, blocks=nn.ModuleList(blocks))
+        return replaced(self, blocks=module_list(blocks))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -160,6 +167,8 @@ class Transformer(nn.Module):
                 var_normal_(module.weight, self.settings.dim, generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        for part in (self.positions, *self.blocks, self.head):
-            part.reset_parameters(self.settings, generator)
+        self.positions.reset_parameters(self.settings, generator)
+        for block in self.blocks:
+            block.reset_parameters(self.settings, generator)
+        self.head.reset_parameters(self.settings, generator)
         self.head_modulation.linear.weight.mul_(self.settings.init_adaln)

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from nextscale.aspect import BUDGETS, SQUARE
+from nextscale.contracts import Tokenizer
 from nextscale.published.arguments import Argument, Constructor, fixed, ignored
 from nextscale.published.keys import Rename, down_up_levels, rewrite
 from nextscale.published.layout import Arguments, Layout, Published, State
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.system import System
-from nextscale.tokenizer.tokenizer import Tokenizer
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------
 

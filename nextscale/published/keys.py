@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nextscale.checkpoint import explain_mismatch
+from nextscale.contracts import Tokenizer
+from nextscale.modules import as_module
 from nextscale.tokenizer.autoencoder import SpatialAttention
-from nextscale.tokenizer.tokenizer import Tokenizer
 
 # The order of the entries in official files: that of the words between their dots.
 ORDER = (
@@ -150,7 +150,7 @@ def tokenizer_key(tokenizer: Tokenizer, phi: int | str) -> Callable[[str], str]:
 
 def down_up_levels(tokenizer: Tokenizer) -> Callable[[str], str]:
     """`rename_levels` for the names that go back to latent diffusion: `down`, and `up` counted from its end."""
-    last = len(tokenizer.encoder.levels) - 1
+    last = len(list(as_module(tokenizer).get_submodule("encoder.levels").children())) - 1
     return rename_levels(
         tokenizer, lambda side, i: f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}", "block"
     )
@@ -163,11 +163,10 @@ def rename_levels(tokenizer: Tokenizer, level: Callable[[str, int], str], block:
     of residual blocks.
     """
     places = {}
-    for side, part in (("encoder", tokenizer.encoder), ("decoder", tokenizer.decoder)):
-        levels: Any = part.levels
-        for i, layers in enumerate(levels):
+    for side in ("encoder", "decoder"):
+        for i, layers in enumerate(as_module(tokenizer).get_submodule(f"{side}.levels").children()):
             blocks = attentions = 0
-            for j, layer in enumerate(layers):
+            for j, layer in enumerate(layers.children()):
                 if isinstance(layer, SpatialAttention):
                     place, attentions = f"attn.{attentions}", attentions + 1
                 elif hasattr(layer, "conv1"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nextscale.modules import as_module
 from nextscale.published.arguments import Constructor, S, differences, nested, settings_of
 from nextscale.published.keys import Rename, fill, ordered, renamed
 from nextscale.settings import Settings
@@ -94,7 +95,7 @@ def to_states(
     for module, rename, extra, sort in zip(
         (system.tokenizer, system.need_model()), keys, derived, layout.sort, strict=True
     ):
-        state = renamed(module, rename) | extra
+        state = renamed(as_module(module), rename) | extra
         state |= {name: tensor for name, tensor in (kept or {}).items() if name in state and name in layout.unread}
         states.append(ordered(state) if sort else state)
     return states[0], states[1]
@@ -126,8 +127,8 @@ def from_states(
     expected = to_states(layout, system, given=given)
     keys = layout.keys(system, layout.model_arguments(config, given))
     vae_state, model_state = states
-    fill(system.tokenizer, vae_state, expected[0], keys[0], sources[0], complete, layout.unread)
-    fill(system.model, layout.usual(model_state), expected[1], keys[1], sources[1], complete, layout.unread)
+    fill(as_module(system.tokenizer), vae_state, expected[0], keys[0], sources[0], complete, layout.unread)
+    fill(as_module(system.model), layout.usual(model_state), expected[1], keys[1], sources[1], complete, layout.unread)
     return system.eval()
 
 

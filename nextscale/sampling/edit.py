@@ -20,7 +20,7 @@ from nextscale.sampling.loop import OnScale, sample
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
 from nextscale.system import Labels, System, encode
-from nextscale.tokens import Soft, Tokens, each
+from nextscale.tokens import Soft, Tokens, each, first_tensor
 
 Box = Sequence[float] | Tensor
 
@@ -130,11 +130,11 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
         keep: True = the source's token, bool [B, l_k] or [1, l_k] a scale (see `keep_masks`).
     """
 
-    source: Sequence[Tensor]
+    source: Sequence[Tokens]
     keep: Sequence[Tensor]
 
     def __post_init__(self) -> None:
-        got = [(list(t.shape), list(m.shape)) for t, m in zip(self.source, self.keep, strict=False)]
+        got = [(list(t.shape), list(m.shape)) for t, m in zip(map(first_tensor, self.source), self.keep, strict=False)]
         fits = all(t[1:2] == m[1:] and len({t[0], m[0]} - {1}) <= 1 for t, m in got)
         if len(self.source) != len(self.keep) or not fits or any(m.dtype != torch.bool for m in self.keep):
             raise ValueError(
@@ -147,17 +147,17 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
         source, keep = self.source[k], self.keep[k]
         if isinstance(tokens, Soft):  # all the weight on the source's choice
             weights = tokens.weights  # [B, l_k, V], of bits [B, l_k, d, 2]
-            one_hot = F.one_hot(source.long(), weights.shape[-1]).to(weights.dtype)
+            one_hot = F.one_hot(first_tensor(source).long(), weights.shape[-1]).to(weights.dtype)
             return Soft(_where(keep, one_hot, weights))
         return each(lambda kept, drawn: _where(keep, kept, drawn), source, tokens)
 
     def select(self, rows: Tensor) -> keep_tokens:
         """The edit of chosen images, for `State.select`; a single row goes on to serve all."""
 
-        def chosen(maps: Sequence[Tensor]) -> list[Tensor]:
-            return [t if len(t) == 1 else t[rows] for t in maps]
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if len(tensor) == 1 else tensor[rows]
 
-        return keep_tokens(chosen(self.source), chosen(self.keep))
+        return keep_tokens([each(chosen, tokens) for tokens in self.source], [chosen(mask) for mask in self.keep])
 
 
 def _where(keep: Tensor, kept: Tensor, drawn: Tensor) -> Tensor:

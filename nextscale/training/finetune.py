@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from nextscale.modules import as_module
 from nextscale.system import System, find_recipe
 
 # Every linear layer of a block but those that make the modulation.
@@ -28,11 +29,11 @@ def with_classes(system: System, classes: Sequence[str]) -> System:
     added = [name for name in dict.fromkeys(classes) if name not in names]
     changes = {"classes": (*names, *added), "num_classes": len(names) + len(added)}
     new = find_recipe(system.recipe).build(system.config.model_copy(update=changes))
-    state = dict(old.state_dict())
+    state = dict(as_module(old).state_dict())
     rows = state["conditioner.embedding.weight"]
     mean = rows[:-1].mean(dim=0).expand(len(added), -1)
     state["conditioner.embedding.weight"] = torch.cat([rows[:-1], mean, rows[-1:]])  # the null class is the last
-    new.model.load_state_dict(state)
+    as_module(new.model).load_state_dict(state)
     new.tokenizer = system.tokenizer
     return new
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nextscale.contracts import Model, Objective
+from nextscale.contracts import LayerCache, Model, Objective, Opaque
 from nextscale.draws import Part
 from nextscale.encoded import Choices, EncodedImages, said_by
+from nextscale.model.block import BlockWrapper
+from nextscale.modules import as_module
 from nextscale.processes import Team
 from nextscale.sampling.loop import sample
+from nextscale.schedule import Span
 from nextscale.system import System
 from nextscale.training.average import Average
 from nextscale.training.config import GeneratorLoss, TrainConfig
@@ -70,13 +73,14 @@ class GeneratorTask:
         objective: Objective | None = None,
     ) -> None:
         self.system = system.to(config.device)
-        self.module = system.need_model()
+        model = system.need_model()
+        self.module = as_module(model)
         self.config, self.data, self.val, self.count = config, data, val, pictures
         self.objective: Objective = objective or system.objective
         if config.compile:
-            for block in self.module.blocks:
-                block.compile()
-        self.run = Run(system, recomputed(self.module) if config.recompute else self.module, config, loss, data)
+            for block in model.blocks:
+                as_module(block).compile()
+        self.run = Run(system, recomputed(model) if config.recompute else model, config, loss, data)
         self.run.frozen = self.objective.frozen(self.run)
         for network in self.run.frozen.values():
             network.to(config.device).requires_grad_(False).eval()
@@ -85,7 +89,7 @@ class GeneratorTask:
         self.scalers = {"model": scaler(config)}
         self.team = team
         self.tokens_per_image = system.schedule.length
-        self.flop_per_image = 3 * self.module.flop(system.schedule)  # with the backward pass
+        self.flop_per_image = 3 * model.flop(system.schedule)  # with the backward pass
 
     def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         optimizer, scaler = self.optimizers["model"], self.scalers["model"]
@@ -108,7 +112,7 @@ class GeneratorTask:
     def pictures(self, module: nn.Module) -> dict[str, Tensor]:
         """Samples of the first labels in turn, with the same seeds each time."""
         told = shown(self.system, self.data, self.count)
-        samples = self.system.output.pictures(sample(self.system.with_model(module), told, seed=0))
+        samples = self.system.output.pictures(sample(self.system, told, seed=0))
         return {} if samples is None else {"samples": samples}
 
     def averaged(self, average: Average | None, step: int) -> None:
@@ -139,21 +143,13 @@ def shown(system: System, data: Any, count: int, most: int = 12) -> dict[str, li
     return {name: [kinds[i % len(kinds)].get(name) for i in range(count)] for name in system.readers}
 
 
-def recomputed(model: Any) -> Any:
+def recomputed(model: Model) -> Model:
     """A transformer of the same weights whose blocks keep no activations: the backward pass computes them again."""
     return model.with_blocks([Recomputed(block) for block in model.blocks])
 
 
-class Recomputed(nn.Module):
+class Recomputed(BlockWrapper):
     """A block under `torch.utils.checkpoint`; dropout draws the same numbers again."""
 
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.block = block
-
-    def prepare(self, condition: Any) -> Any:
-        """The block's own."""
-        return self.block.prepare(condition)
-
-    def forward(self, *values: Any) -> Tensor:
-        return checkpoint(self.block, *values, use_reentrant=False)
+    def forward(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
+        return checkpoint(self.block, h, prepared, span, cache, use_reentrant=False)

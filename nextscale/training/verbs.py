@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
-from nextscale.contracts import Objective
+from nextscale.contracts import Objective, TrainableTokenizer
 from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
+from nextscale.modules import as_module
 from nextscale.processes import Team
 from nextscale.settings import Settings
 from nextscale.system import System, find_recipe
@@ -61,8 +62,11 @@ def train_tokenizer(
         draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
         return (transform(batch, draws) if transform else batch)[system.output.field]
 
+    tokenizer = system.tokenizer
+    if not isinstance(tokenizer, TrainableTokenizer):
+        raise ValueError("this system's tokenizer does not train: its pyramid or its networks lack what training needs")
     task = TokenizerTask(
-        system.tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
+        tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
     )
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     fit(task, data, config, out, "tokenizer", settings, transform, team)
@@ -135,7 +139,7 @@ def train_model(
         if val is not None:
             held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
     if lora:
-        add_lora(system.need_model(), lora)
+        add_lora(as_module(system.need_model()), lora)
     shown = None if kind == "nothing" else items
     task = GeneratorTask(system, config, loss, shown, held_out, team=team, objective=objective)
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
@@ -145,11 +149,11 @@ def train_model(
     if config.shard and team.size > 1:
         from nextscale.sharded import whole
 
-        state = whole(system.model)
+        state = whole(as_module(system.model))
         system.model = find_recipe(system.recipe).build(system.config).model
-        system.model.load_state_dict(state)
+        as_module(system.model).load_state_dict(state)
     if lora:
-        merge_lora(system.need_model())
+        merge_lora(as_module(system.need_model()))
     if team.leads:
         save(system, out / "system")
     team.wait()  # all return when the files are there

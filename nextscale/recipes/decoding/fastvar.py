@@ -14,7 +14,7 @@ ratio belongs to a place in the schedule counted from its end, not to a side in 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import LayerCache
-from nextscale.modules import replaced
+from nextscale.contracts import Block, Branch, LayerCache, Opaque
+from nextscale.modules import as_module, module_list, replaced
 from nextscale.sampling.loop import stepper_of
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
@@ -87,7 +87,7 @@ def apply(system: System, config: Config = Config()) -> System:
         raise ValueError(
             f"dense_first={config.dense_first} and dense_last={config.dense_last} leave none of {depth} blocks to prune"
         )
-    blocks = [
+    blocks: list[Block] = [
         _pruned(block, config) if config.dense_first <= i < depth - config.dense_last else block
         for i, block in enumerate(model.blocks)
     ]
@@ -95,23 +95,24 @@ def apply(system: System, config: Config = Config()) -> System:
     return system.changed("fastvar", config, model=model.with_blocks(blocks), stepper=stepper)
 
 
-def _pruned(block: Any, config: Config) -> nn.Module:
-    return replaced(block, branches=nn.ModuleList(PrunedBranch(b, i, config) for i, b in enumerate(block.branches)))
+def _pruned(block: Block, config: Config) -> Block:
+    return replaced(block, branches=module_list(PrunedBranch(b, i, config) for i, b in enumerate(block.branches)))
 
 
 class PrunedBranch(nn.Module):
     """A residual branch that computes some tokens and fills in the others."""
 
-    def __init__(self, branch: nn.Module, place: int, config: Config) -> None:
+    def __init__(self, branch: Branch, place: int, config: Config) -> None:
         super().__init__()
-        self.branch: Any = branch
+        self.branch: Branch
+        self.register_module("branch", as_module(branch))
         self.place, self.config = place, config
 
-    def prepare(self, condition: Condition) -> Any:
+    def prepare(self, condition: Condition) -> Opaque:
         """Cross-attention prepares its own part."""
-        return self.branch.prepare(condition)
+        return as_module(self.branch).prepare(condition)  # type: ignore[operator]
 
-    def forward(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
         """As the branch itself: h [B, l, D] to what is added to it, [B, l, D]."""
         if cache is None:  # teacher forcing: all scales at once
             return self.branch(h, prepared, span, cache)

@@ -9,12 +9,11 @@ they are, and a teacher-forced pass knows nothing of it. Nothing differs from th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
-from nextscale.contracts import Block, LayerCache, Stepper
+from nextscale.contracts import Block, LayerCache, Opaque, Stepper
 from nextscale.model.block import BlockWrapper
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.loop import Options, stepper_of
@@ -62,7 +61,7 @@ class GuidedInside:
 
     def step(self, system: System, state: State) -> State:
         model, guidance = system.need_model(), state.guidance
-        blocks = list(model.blocks)
+        blocks: list[Block] = list(model.blocks)
         blocks[self.block] = GuidedBlock(blocks[self.block], guidance)
         guided = system.with_model(model.with_blocks(blocks))
         first = FirstBranch(guidance.weights, guidance.drops)
@@ -85,7 +84,7 @@ class GuidedBlock(BlockWrapper):
         super().__init__(block)
         self.guidance = guidance
 
-    def forward(self, h: Tensor, prepared: Any, span: Span, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, prepared: Opaque, span: Span, cache: LayerCache | None = None) -> Tensor:
         h = self.block(h, prepared, span, cache)
         alive = self.guidance.alive(span.schedule, span.first)
         blended = self.guidance.combine(h, alive, span.schedule, span.first)
