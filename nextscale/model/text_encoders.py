@@ -1,7 +1,7 @@
 """Text encoders: captions and prompts to the hidden states that a text condition reads.
 
-All are frozen and no part of a system's weights. Each text is encoded alone, so that its numbers do not depend on its
-neighbours in a batch, and remembered.
+All are frozen: external parts of a system, which are not saved with it. Each text is encoded alone, so that its numbers do
+not depend on its neighbours in a batch, and remembered.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,24 +26,43 @@ from nextscale.settings import Settings
 REMEMBERED = 16384  # texts
 
 
-class TextEncoder:
+class TextEncoder(nn.Module):
     """Reads captions: a list of texts to a `Text`. None and "" say nothing; they are as long as the empty text.
 
-    A text encoder has `encode(text) -> [t, E]` of at most `length` tokens.
+    A text encoder has `encode(text) -> [t, E]` of at most `length` tokens. It loads its network when it reads the first text,
+    to where `.to(...)` has sent it by then; as a part of a system it goes with the system.
+
+    Args:
+        length: longest text in tokens.
+        dtype, device: of the network's weights. Hidden states are float32 on the CPU in any case.
     """
 
     field: str = "caption"
     shape: tuple[int, ...] | None = None
     choices: Sequence[str | int] = ()
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        super().__init__()
         self.length = length
+        self.network: nn.Module | None = None
+        self.place = torch.zeros((), dtype=dtype, device=device)  # goes where the network is, or will be
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, values: Sequence[Any]) -> Text:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
+        before, self.place = self.place.dtype, fn(self.place)
+        if self.place.dtype != before:  # other numbers
+            self._known.clear()
+        return super()._apply(fn, recurse)
+
+    def forward(self, values: Sequence[Any]) -> Text:
         self.check(values)
         texts = [str(value or "") for value in values]
         return Text.of([self._recalled(text) for text in texts], [not text for text in texts])
+
+    def placed(self, network: nn.Module) -> nn.Module:
+        """A network that was just loaded, frozen, where it shall be."""
+        self.network = network.to(self.place).requires_grad_(False).eval()
+        return self.network
 
     def check(self, values: Sequence[Any]) -> None:
         """Raise ValueError if one of them is no text."""
@@ -93,20 +112,28 @@ class MiniLM(TextEncoder):
     layer's, of all tokens, those at both ends included; the pooling of the sentence model is left to the reader.
     """
 
-    def __init__(self, length: int = 64, folder: Path | None = None) -> None:
-        super().__init__(length)
+    def __init__(
+        self,
+        length: int = 64,
+        folder: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(length, dtype, device)
         self.folder = folder
-        self._loaded: tuple[Any, _Bert] | None = None
+        self._words: Any = None
 
     def encode(self, text: str) -> Tensor:
-        if self._loaded is None:
+        if self.network is None:
             folder = self.folder or _minilm_folder()
-            tokenizer = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(self.length)
-            self._loaded = tokenizer, _Bert.from_file(folder / "model.safetensors")
-        tokenizer, bert = self._loaded
-        return bert(torch.tensor([tokenizer.encode(text).ids]))[0]
+            words = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
+            words.no_padding()
+            words.enable_truncation(self.length)
+            self._words = words
+            self.placed(_Bert.from_file(folder / "model.safetensors"))
+        assert self.network is not None
+        ids = torch.tensor([self._words.encode(text).ids], device=self.place.device)
+        return self.network(ids)[0].float().cpu()
 
 
 class T5Encoder(TextEncoder):
@@ -115,8 +142,7 @@ class T5Encoder(TextEncoder):
     Args:
         length: longest text in tokens, the end token included.
         name: a model of the hub, or a folder.
-        dtype: of the weights; the hidden states are float32 in any case.
-        device: where it runs.
+        dtype, device: see `TextEncoder`.
     """
 
     def __init__(
@@ -126,23 +152,23 @@ class T5Encoder(TextEncoder):
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(length)
-        self.name, self.dtype, self.device = name, dtype, device
-        self._loaded: tuple[Any, Any] | None = None
+        super().__init__(length, dtype, device)
+        self.name = name
+        self._words: Any = None
 
     def encode(self, text: str) -> Tensor:
-        if self._loaded is None:
+        if self.network is None:
             try:
                 import transformers
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(
                     "this system reads its prompts with a T5 encoder, which needs transformers: pip install 'nextscale[t5]'"
                 ) from error
-            model = transformers.T5EncoderModel.from_pretrained(self.name, torch_dtype=self.dtype)
-            self._loaded = transformers.AutoTokenizer.from_pretrained(self.name), model.to(self.device).eval()
-        tokenizer, model = self._loaded
-        ids = tokenizer(text, truncation=True, max_length=self.length, return_tensors="pt").input_ids
-        return model(input_ids=ids.to(self.device)).last_hidden_state[0].float().cpu()
+            self._words = transformers.AutoTokenizer.from_pretrained(self.name)
+            self.placed(transformers.T5EncoderModel.from_pretrained(self.name, torch_dtype=self.place.dtype))
+        assert self.network is not None
+        ids = self._words(text, truncation=True, max_length=self.length, return_tensors="pt").input_ids
+        return self.network(input_ids=ids.to(self.place.device)).last_hidden_state[0].float().cpu()
 
 
 class TextSettings(Settings):
@@ -156,12 +182,19 @@ class TextSettings(Settings):
     dim: int = Field(2048, ge=1, description="E, channels of its hidden states")
     length: int = Field(512, ge=1, description="longest text in tokens; rows of the table for images without a text")
     pool_heads: int = Field(16, ge=1, description="heads of the pooling; the official code has E / 128")
+    weights: str = Field("", description="of t5: another model of the hub, or a folder; default: google/flan-t5-xl")
+    dtype: Literal["default", "float32", "bfloat16", "float16"] = Field(
+        "default", description="of the encoder's weights; default: float16 for t5, float32 for minilm"
+    )
 
     def reader(self) -> TextEncoder:
         """The encoder; it loads its files when it reads the first text."""
         if self.encoder == "hash":
             return HashWords(self.dim, self.length)
-        return MiniLM(self.length) if self.encoder == "minilm" else T5Encoder(self.length)
+        options: dict[str, Any] = {} if self.dtype == "default" else {"dtype": getattr(torch, self.dtype)}
+        if self.encoder == "minilm":
+            return MiniLM(self.length, **options)
+        return T5Encoder(self.length, self.weights or "google/flan-t5-xl", **options)
 
 
 class _Bert(nn.Module):

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from nextscale.aspect import SIZES, SQUARE, Sizes
-from nextscale.draws import Draws
 from nextscale.model.bit_head import BitHead
 from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
 from nextscale.model.text_condition import TextBlock, TextCondition
@@ -37,66 +36,13 @@ from nextscale.published.infinity_layout import SAMPLING as SAMPLING
 from nextscale.published.layout import from_states, to_states, with_own_weights
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
-from nextscale.settings import Settings
-from nextscale.system import System
+from nextscale.system import Part, System
 from nextscale.system_settings import Sides, SystemSettings
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import Tokenizer
 from nextscale.training.config import TokenizerLoss
-from nextscale.training.objective import Batch, NextScale, Wants
-
-# ---- objective: bitwise self-correction -------------------------------------------------------------------------------
-
-
-class SelfCorrection(Settings, NextScale):
-    """The objective: bits that enter the sum are flipped at random, and later targets are what is left to do after that,
-    so the model learns to repair its own mistakes.
-
-    One share of flips is drawn for each scale and batch, a whole percentage from 0 to 100 x `strength`, as published.
-    """
-
-    wants: ClassVar[Wants] = "features"
-
-    strength: float = Field(0.3, ge=0, le=1, description="largest share of bits that are flipped")
-    scales: int | None = Field(
-        None, ge=0, description="scales whose bits are flipped, the coarsest first; default: all"
-    )
-    reweight: bool = Field(
-        False, description="weigh a token by 1 / sqrt(tokens of its scale), so that coarse scales count more"
-    )
-
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
-        """Inputs and targets of features [B, C, h, w]."""
-        flips = self.draw(pyramid.code_dim, schedule, draws)
-        return self.flipped(pyramid, content, schedule, [flip.to(content.device) for flip in flips])
-
-    def draw(self, bits: int, schedule: Schedule, draws: Draws) -> list[Tensor]:
-        """Which bits to flip, bool [B, l_k, C] of each scale that has any."""
-        flips = []
-        for length in schedule.lengths[: self.scales]:
-            share = int(torch.randint(round(100 * self.strength) + 1, (1,), generator=draws.generator)) / 100
-            flips.append(draws.rand(length, bits) < share)
-        return flips
-
-    def flipped(self, pyramid: Any, content: Tensor, schedule: Schedule, flips: Sequence[Tensor]) -> Batch:
-        """Inputs and targets with given flips; scales without any come last."""
-
-        def corrupt(tokens: Tensor, k: int) -> Tensor:
-            return tokens ^ flips[k].to(tokens.dtype) if k < len(flips) else tokens
-
-        encoded = pyramid.encode(content, schedule, corrupt)
-        inputs = torch.cat(encoded.inputs, dim=1) if encoded.inputs else None
-        weights = self.weights(schedule).to(content.device) if self.reweight else None
-        return Batch(schedule, inputs, torch.cat(encoded.tokens, dim=1), weights)
-
-    @staticmethod
-    def weights(schedule: Schedule) -> Tensor:
-        """Weight of each token [L], in proportion to 1 / sqrt(tokens of its scale); they sum to 1."""
-        lengths = torch.tensor(schedule.lengths)
-        weights = lengths.float().rsqrt().repeat_interleave(lengths)
-        return weights / weights.sum()
-
+from nextscale.training.self_correction import SelfCorrection as SelfCorrection
 
 # ---- the system -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +133,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
         transformer = build_model(config) if model else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
+    reader = reader or config.text.reader()
     return System(
         "infinity",
         config,
@@ -195,7 +142,8 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
         transformer,
         sampling=config.sampling,
         objective=config.objective,
-        readers={"caption": reader or config.text.reader()},
+        readers={"caption": reader},
+        parts={"text_encoder": Part(reader, "external")} if isinstance(reader, nn.Module) else None,
     )
 
 
