@@ -24,7 +24,7 @@ from nextscale.checkpoint import find_folder, load, save
 from nextscale.files import atomic_write
 from nextscale.keymap import USAGE
 from nextscale.recipes.generators import var
-from nextscale.system import System
+from nextscale.system import System, refuse_mps
 
 HUB = "FoundationVision/var"
 EXTRA = "official.safetensors"  # beside a converted system: what the official files hold and a system has no use for
@@ -59,6 +59,7 @@ def load_official(
     Raises FileNotFoundError with the names of missing files and where they are published; ValueError for files that are
     damaged, are no state dicts, or do not have exactly the official layout (every mismatch is listed).
     """
+    refuse_mps(device)
     _published(name)
     if folder is not None and (Path(folder) / "config.json").is_file():
         if checkpoint is not None or own_tokenizer:

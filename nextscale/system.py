@@ -263,6 +263,15 @@ def recipe_names() -> dict[str, str]:
     return {module.name.rsplit(".", 1)[-1]: module.name for module in found if not module.ispkg}
 
 
+def refuse_mps(device: str | torch.device) -> None:
+    """Refuse `mps`: PyTorch cannot average there to sizes that do not divide, as pyramids do."""
+    if torch.device(device).type == "mps":
+        raise ValueError(
+            "the device mps is not supported: PyTorch lacks area pooling there to sizes that do not divide, which the pyramids "
+            "need; use cpu or cuda"
+        )
+
+
 def find_recipe(name: str) -> Any:
     """The module of a recipe: `Config`, `build(config)`, `tiny()`."""
     names = recipe_names()

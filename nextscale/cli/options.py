@@ -34,7 +34,7 @@ class Loading:
     system: Annotated[str, tyro.conf.arg(help_behavior_hint=f"(default: {SHIPPED}; {SHIPPED_TEXT} for prompts)")] = ""
     """shipped name, folder, or hub name"""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, mps"""
+    """cpu, cuda, cuda:1"""
 
     @property
     def name(self) -> str:
@@ -121,14 +121,17 @@ def check_device(device: str) -> None:
     """Refuse devices that this machine does not have."""
     import torch
 
+    from nextscale.system import refuse_mps
+
     try:
+        refuse_mps(device)
         if torch.device(device).type != "meta":  # which computes nothing
             torch.zeros(1, device=device)
             return
         reason = "it holds no numbers"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["not available"])[0].rstrip(".")
-    raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda or mps where there is one")
+    raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda where there is one")
 
 
 def check_images(count: int) -> None:

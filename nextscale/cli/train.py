@@ -231,7 +231,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             oversample: as for train generator
             views: augmented versions of each image
             seed: of the augmentation, that of the generator's training
-            device: cpu, cuda, cuda:1, mps
+            device: cpu, cuda, cuda:1
             augmentation: as for train generator
         """
         from nextscale.encoded import encode_images

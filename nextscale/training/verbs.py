@@ -17,7 +17,7 @@ from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.processes import Team
-from nextscale.system import System, find_recipe
+from nextscale.system import System, find_recipe, refuse_mps
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.generator_task import GeneratorTask
@@ -142,6 +142,7 @@ def train_model(
 def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     """The processes that train together, and the settings with this one's own device. Raises ValueError, before any work, for
     a batch that they cannot share."""
+    refuse_mps(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.shard and config.precision == "float16":
