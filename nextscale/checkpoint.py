@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nextscale.files import atomic_write, digest
 from nextscale.modules import as_module
 from nextscale.settings import Settings
-from nextscale.system import System, find_method, find_recipe
+from nextscale.system import System, find_method, find_recipe, refuse_mps
 
 MAX_CONFIG_BYTES = 10_000_000  # a config is text of a few kB; more is not ours
 
@@ -99,6 +99,7 @@ def load(
 
     Raises FileNotFoundError or ValueError with what is missing or wrong; a folder that does not fit loads nothing.
     """
+    refuse_mps(device)
     folder = find_folder(name)
     config = _read_config(folder / "config.json")
     builder: Builder = recipe or find_recipe(config.recipe)

@@ -27,11 +27,11 @@ Opaque = Any
 OwnTokens = Any  # tokens of the kind that the part is for
 Kind = Literal["ids", "bits", "vectors", "mixed"]
 TokenType = Callable[..., Tokens] | None
-Corrupt = Callable[[Tokens, int], Tokens]
+Corrupt = Callable[[OwnTokens, int], OwnTokens]
 Generators = torch.Generator | list[torch.Generator]
 Combine = Callable[[Tensor], Tensor]
 Pick = Callable[[Tensor, Generators], Tokens]
-Edit = Callable[[Any, int], Any]  # (tokens, k) -> tokens
+Edit = Callable[[OwnTokens, int], OwnTokens]
 
 M = TypeVar("M", bound=nn.Module)
 

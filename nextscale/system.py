@@ -264,6 +264,15 @@ def recipe_names() -> dict[str, str]:
     return {point.name: point.value for point in metadata.entry_points(group="nextscale.recipes")} | names
 
 
+def refuse_mps(device: str | torch.device) -> None:
+    """Refuse `mps`: PyTorch cannot average there to sizes that do not divide, as pyramids do."""
+    if torch.device(device).type == "mps":
+        raise ValueError(
+            "the device mps is not supported: PyTorch lacks area pooling there to sizes that do not divide, which the pyramids "
+            "need; use cpu or cuda"
+        )
+
+
 def find_recipe(name: str) -> Any:
     """The module of a recipe: `Config`, `tiny()`, and `build(config)` or `apply(system, config)`."""
     names = recipe_names()

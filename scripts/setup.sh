@@ -27,7 +27,8 @@ fi
 if ! works || { [ -n "$built" ] && [ "$built" != "$root" ]; }; then
     echo "setting up: .venv"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "the tested versions need Python 3.11 or newer; name one: make setup PYTHON=python3.12"
+        fail "the pinned versions need Python 3.11 or newer, got $("$python" -V 2>&1); name one: make setup PYTHON=python3.11" \
+            "(nextscale itself runs on Python 3.10 too: pip install .)"
     rm -rf .venv
     "$python" -m venv .venv ||
         fail "$python cannot make a virtual environment (on Debian: apt install python3-venv)"

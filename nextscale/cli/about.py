@@ -164,7 +164,7 @@ def _devices() -> list[str]:
     import torch
 
     gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    return ["cpu", *gpus]
 
 
 def _millions(module: Any) -> str:

@@ -106,11 +106,13 @@ def take_methods(words: Sequence[str]) -> tuple[list[str], list[Method]]:
     return others, methods
 
 
-def load_changed(name: str, device: str, methods: Sequence[str] = ()) -> System:
-    """The system of that name on a device, changed by methods."""
+def load_changed(name: str, device: str, methods: Sequence[str] = (), dtype: str = "float32") -> System:
+    """The system of that name on a device and in a dtype, changed by methods."""
+    import torch
+
     from nextscale.checkpoint import ChangeConfig
 
-    system = ns.load(name, device=device)
+    system = ns.load(name, device=device, dtype=None if dtype == "float32" else getattr(torch, dtype))
     for word in methods:
         change = ChangeConfig.model_validate_json(word)
         recipe = ns.find_recipe(change.recipe)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -35,7 +35,9 @@ class Loading:
     system: Annotated[str, tyro.conf.arg(help_behavior_hint=f"(default: {SHIPPED}; {SHIPPED_TEXT} for prompts)")] = ""
     """shipped name, folder, or hub name"""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, mps"""
+    """cpu, cuda, cuda:1"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of weights and activations; what decides tokens stays float32"""
     methods: Methods = ()
 
     def title(self, system: System) -> str:
@@ -45,7 +47,7 @@ class Loading:
 
     def load(self) -> System:
         """The system on the device, changed by the methods."""
-        return load_changed(self.system or SHIPPED, self.device, self.methods)
+        return load_changed(self.system or SHIPPED, self.device, self.methods, self.dtype)
 
     def told(self, prompt: Sequence[str]) -> Loading:
         """The same, with the shipped system that reads prompts where there are some and no system was named."""
@@ -123,14 +125,17 @@ def check_device(device: str) -> None:
     """Refuse devices that this machine does not have."""
     import torch
 
+    from nextscale.system import refuse_mps
+
     try:
+        refuse_mps(device)
         if torch.device(device).type != "meta":  # which computes nothing
             torch.zeros(1, device=device)
             return
         reason = "it holds no numbers"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["not available"])[0].rstrip(".")
-    raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda or mps where there is one")
+    raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda where there is one")
 
 
 def check_images(count: int) -> None:

@@ -98,7 +98,7 @@ def evaluate(
         data: openmoji, or a folder of images of which a tenth is held out: what the system was trained on
         samples: images to generate
         seed: seed of the first image, and of the choice of labels
-        device: cpu, cuda, cuda:1, mps
+        device: cpu, cuda, cuda:1
     """
     from nextscale.evaluation.report import evaluate
 

@@ -234,7 +234,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
             views: augmented versions of each image
             seed: of the augmentation, that of the generator's training
             workers: processes that load images; 0: the main one
-            device: cpu, cuda, cuda:1, mps
+            device: cpu, cuda, cuda:1
             augmentation: as for train generator
         """
         from nextscale.encoded import encode_images

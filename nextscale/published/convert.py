@@ -23,7 +23,7 @@ from nextscale.checkpoint import find_folder, load, save
 from nextscale.files import atomic_write
 from nextscale.published.layout import Layout, Published, from_states, to_states
 from nextscale.published.weight_files import read_pth, read_shards, state_dict, write_pth, write_shards
-from nextscale.system import System, find_recipe, recipe_names
+from nextscale.system import System, find_recipe, recipe_names, refuse_mps
 
 EXTRA = "official.safetensors"  # beside a converted system: what the official files hold and a system has no use for
 
@@ -79,6 +79,7 @@ def load_official(
     Raises FileNotFoundError with the names of missing files and where they are published; ValueError for files that are
     damaged, are no state dicts, or do not have exactly the official layout (every mismatch is listed).
     """
+    refuse_mps(device)
     source = _find(name)
     if folder is not None and (Path(folder) / "config.json").is_file():
         if checkpoint is not None or own_tokenizer:

@@ -37,7 +37,7 @@ class TrainConfig(Settings):
         False, description="compute the blocks' activations again in the backward pass: less memory"
     )
     workers: int = Field(0, ge=0, description="processes that load images; 0: the main one")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, mps")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="of matrix products and convolutions; weights, losses and codes stay float32. float16 scales the loss",

@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from nextscale.contracts import Pyramid
 from nextscale.draws import Draws
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
+from nextscale.tokens import joined
 from nextscale.training.objective import Batch, NextScale, Wants
 
 
@@ -54,7 +56,7 @@ class SelfCorrection(Settings, NextScale):
         encoded = pyramid.encode(content, schedule, corrupt)
         inputs = torch.cat(encoded.inputs, dim=1) if encoded.inputs else None
         weights = self.weights(schedule).to(content.device) if self.reweight else None
-        return Batch(schedule, inputs, torch.cat(encoded.tokens, dim=1), weights)
+        return Batch(schedule, inputs, joined(encoded.tokens), weights)
 
     @staticmethod
     def weights(schedule: Schedule) -> Tensor:

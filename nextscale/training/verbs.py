@@ -21,7 +21,7 @@ from nextscale.encoded import encode_images
 from nextscale.modules import as_module
 from nextscale.processes import Team
 from nextscale.settings import Settings
-from nextscale.system import System, find_recipe
+from nextscale.system import System, find_recipe, refuse_mps
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.fit import fit
@@ -180,6 +180,7 @@ class NoItems(Dataset[dict[str, Any]]):
 def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     """The processes that train together, and the settings with this one's own device. Raises ValueError, before any work, for
     a batch that they cannot share."""
+    refuse_mps(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.shard and config.precision == "float16":
