@@ -8,7 +8,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from nextscale.training.loop import Health
 from small import small
 from test_training import CONFIG, DATA, VAL, weights
 from torch import nn
@@ -22,6 +21,7 @@ from nextscale.recipes.generators import flexvar, infinity, var
 from nextscale.sampling.loop import sample_tokens
 from nextscale.system import teacher_logits
 from nextscale.training.config import GeneratorLoss, TrainConfig
+from nextscale.training.fit import Health
 from nextscale.training.objective import NextScale, TeacherForcing, _newest, stage
 
 DRAWS = Draws(torch.Generator(), 2)
