@@ -21,7 +21,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, first: int | None = None) -> Tensor:
-        """Ids of the nearest codes, or of the nearest among the `first` ones: [..., C] -> int64 [...]."""
+        """Ids of the nearest codes, or of the nearest among the `first` ones: [..., C] -> int64 [...] (Eq. 3 of VAR)."""
         # float32 whatever the caller's autocast: a rounded distance is another token
         with torch.autocast(x.device.type, enabled=False):
             rows, codes = x.reshape(-1, x.shape[-1]).float(), self.weight[:first].float()

@@ -36,7 +36,8 @@ class Batch(NamedTuple):
 
 
 class NextScale:
-    """All scales are predicted at once, each from what the coarser ones have summed up to (`contracts.Objective`).
+    """All scales are predicted at once, each from what the coarser ones have summed up to: the likelihood of Eq. 6 of VAR
+    (`contracts.Objective`).
 
     An objective of this kind says what it wants and how that becomes inputs and targets, its `batch`.
     """

@@ -144,7 +144,7 @@ class TokenizerTask:
         return metrics
 
     def losses(self, part: Part, step: int) -> tuple[Tensor, Metrics]:
-        """The loss of a part of a batch, and what to log; remembers what the rest of the step needs."""
+        """The loss of a part of a batch (the terms of Eq. 5 of VAR), and what to log; remembers what the step needs later."""
         content = part.batch[self.output.field].to(self.config.device)
         begun = step / self.config.steps
         with autocast(self.config):
