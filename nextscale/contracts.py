@@ -19,11 +19,14 @@ from nextscale.schedule import Schedule, Span
 from nextscale.tokens import Tokens
 
 if TYPE_CHECKING:
+    from nextscale.sampling.loop import Options
     from nextscale.sampling.state import State
-    from nextscale.system import System
+    from nextscale.system import Labels, System
+    from nextscale.training.generator_task import Run
 
 # What a part made for itself, and what nobody else looks into.
 Opaque = Any
+OwnSettings = Any  # settings of the kind that the part is for, `TransformerSettings` mostly
 OwnTokens = Any  # tokens of the kind that the part is for
 Kind = Literal["ids", "bits", "vectors", "mixed"]
 TokenType = Callable[..., Tokens] | None
@@ -235,6 +238,14 @@ class Conditioner(Protocol):
         """The condition that says nothing, with the same parts, for as many rows as the given one."""
 
 
+@runtime_checkable
+class GrowingConditioner(Conditioner, Protocol):
+    """A conditioner of classes, whose number may grow when a system is trained further."""
+
+    def grow(self, smaller: Conditioner) -> None:
+        """Take over the weights of one with the first of its classes."""
+
+
 # ---- model -------------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +285,7 @@ class Block(Protocol):
     @property
     def branches(self) -> Sequence[Branch]: ...
 
-    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+    def reset_parameters(self, settings: OwnSettings, generator: torch.Generator) -> None:
         """Its initial weights, after linear layers and embeddings have the usual ones; `settings`: the transformer's."""
 
     def prepare(self, condition: Condition) -> Opaque:
@@ -320,7 +331,7 @@ class Positions(Protocol):
     def __call__(self, span: Span) -> Tensor:
         """What is added to the residual stream of the tokens at hand, [l, D] (of kept tokens [B, kept, D])."""
 
-    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+    def reset_parameters(self, settings: OwnSettings, generator: torch.Generator) -> None:
         """Its initial weights, after linear layers and embeddings have the usual ones."""
 
 
@@ -372,7 +383,7 @@ class Model(Protocol):
 class Head(Protocol):
     """What is predicted for each token: its loss, its likelihood, its sampling."""
 
-    def reset_parameters(self, settings: Any, generator: torch.Generator) -> None:
+    def reset_parameters(self, settings: OwnSettings, generator: torch.Generator) -> None:
         """Its initial weights, after linear layers and embeddings have the usual ones; `settings`: the transformer's."""
 
     def __call__(self, h: Tensor) -> Tensor:
@@ -405,15 +416,15 @@ class Objective(Protocol):
     @property
     def wants(self) -> Literal["tokens", "features", "items", "nothing"]: ...
 
-    def frozen(self, run: Any) -> dict[str, nn.Module]:
+    def frozen(self, run: Run) -> dict[str, nn.Module]:
         """Networks that it needs and does not train, made of the weights from which training starts (also of a run that goes
         on); they are kept as `run.frozen`."""
 
-    def loss(self, run: Any, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, run: Run, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log; `run`: the training (`training.generator_task.Run`). It may draw
         samples. All random numbers come from `part.draws`."""
 
-    def judge(self, run: Any, data: Any) -> dict[str, float]:
+    def judge(self, run: Run, data: Any) -> dict[str, float]:
         """Metrics on held-out data, `loss` among them: tokens (`EncodedImages`), or items where it wants items; None: there
         are no data, so none but what it draws itself."""
 
@@ -453,7 +464,7 @@ class Output(Protocol):
 class Stepper(Protocol):
     """The loop: VAR's is `sampling.loop.ScaleByScale`; a recipe may bring its own. All verbs go through it."""
 
-    def start(self, system: System, told: Any, options: Any) -> State:
+    def start(self, system: System, told: Labels, options: Options) -> State:
         """The state before the first step."""
 
     def step(self, system: System, state: State) -> State:

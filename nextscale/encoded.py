@@ -284,7 +284,7 @@ def encode_images(
             names = [path.name for path in paths]
             temporary.write_text(json.dumps({"key": key, "shards": names}, indent=2) + "\n", encoding="utf-8")
     shapes = {name: shape for name, (_, shape) in asked.items()}
-    token_type = getattr(system.tokenizer.pyramid, "token_type", None) if kind == "tokens" else None
+    token_type = system.tokenizer.pyramid.token_type if kind == "tokens" else None
     small = sum(path.stat().st_size for path in paths) <= IN_MEMORY
     return _joined([_Shard.read(path, shapes, token_type, small) for path in paths], paths)
 

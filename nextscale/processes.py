@@ -79,7 +79,7 @@ class Team:
         if sharded:
             from nextscale.sharded import shard
 
-            shard(call, module, sharded)
+            shard(call, module.get_submodule("blocks").children(), sharded)
             return call
         return DistributedDataParallel(call, broadcast_buffers=False, find_unused_parameters=unused)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 
-def shard(call: nn.Module, module: Any, device: str) -> None:
+def shard(call: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:
     """Shard a module over all processes, its blocks one by one; what is used outside of them belongs to `call`, whose
     forward pass must be all that touches the weights."""
     # What `prepare` returns are views, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for block in module.blocks:
-        fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "prepare")
+    for block in blocks:
+        sharded: Any = fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(sharded, "prepare")
     # Validation has no backward pass, which else would put the pieces back.
     fully_shard(call, mesh=mesh, reshard_after_forward=True)
 

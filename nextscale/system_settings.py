@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Sides = Annotated[
     tuple[int | tuple[int, int], ...],
@@ -16,9 +20,18 @@ Sides = Annotated[
 
 
 class SystemSettings(Settings):
-    """The settings of any system. A recipe's `Config` says which sizes are the default."""
+    """The settings of any system. A recipe's `Config` says of which kind the others are, and what is the default.
+
+    sizes: of the scales. transformer: the model's shape. sampling: how it samples by default.
+    """
 
     sizes: Sides
+    transformer: Settings
+    sampling: Settings
+
+    def for_classes(self, classes: Sequence[str]) -> Self:
+        """The settings of a system for data with these classes; one that is told no classes stays as it is."""
+        return self
 
     @property
     def schedule(self) -> Schedule:
@@ -38,6 +51,10 @@ class ClassSystemSettings(SystemSettings):
         if len(set(classes)) != len(classes):
             raise ValueError("class names must differ from each other")
         return classes
+
+    def for_classes(self, classes: Sequence[str]) -> Self:
+        """The settings of a system that is told these classes."""
+        return type(self).model_validate(self.model_dump() | {"classes": tuple(classes), "num_classes": len(classes)})
 
     def check_classes(self) -> None:
         """Raise ValueError unless there are as many class names as classes, or none."""

@@ -174,17 +174,15 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         items = training.train
         if init_from:
             system = base
-            if "classes" in type(system.config).model_fields:  # told by class, so the data says which there are
+            if next(iter(base.readers.values())).choices:  # told by class, so the data says which there are
                 system = with_classes(base, training.classes)
                 numbers = [system.classes.index(name) for name in training.classes]
                 items, held_out = Relabelled(items, numbers), Relabelled(held_out, numbers)
         else:
             changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
-            if "classes" in type(base.config).model_fields:
-                changes |= {"classes": training.classes, "num_classes": len(training.classes)}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
-            system = module.build(config, seed=train.seed)
+            system = module.build(config.for_classes(training.classes), seed=train.seed)
             system.tokenizer = base.tokenizer
         train_model(
             system,

@@ -26,6 +26,13 @@ class ClassCondition(nn.Module):
         """The condition that says nothing, for as many images as the given one."""
         return self._condition(torch.full((len(condition),), self.num_classes, device=self.embedding.weight.device))
 
+    @torch.no_grad()
+    def grow(self, smaller: ClassCondition) -> None:
+        """Take over the vectors of one with the first of its classes; a further class begins as their mean."""
+        known, null = smaller.embedding.weight[:-1], smaller.embedding.weight[-1:]
+        further = known.mean(dim=0).expand(self.num_classes - smaller.num_classes, -1)
+        self.embedding.weight.copy_(torch.cat([known, further, null]))  # the null class is the last
+
     def _condition(self, labels: Tensor) -> Condition:
         vec = self.embedding(labels)  # [B, D]
         return Condition(start=vec.unsqueeze(1), vec=vec)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from nextscale.contracts import GrowingConditioner
 from nextscale.modules import as_module
 from nextscale.system import System, find_recipe
 
@@ -22,18 +22,16 @@ def with_classes(system: System, classes: Sequence[str]) -> System:
     A further class begins as the mean of all others, and the model as a copy. Raises ValueError for a system that is told
     texts.
     """
-    if "classes" not in type(system.config).model_fields:
+    old, reader = system.need_model(), next(iter(system.readers.values()))
+    if not reader.choices or not isinstance(old.conditioner, GrowingConditioner):
         raise ValueError("this system is told texts, not classes, so it needs no further ones")
-    old = system.need_model()
-    names = system.classes or tuple(str(i) for i in system.readers["label"].choices)
+    names = tuple(str(choice) for choice in reader.choices)
     added = [name for name in dict.fromkeys(classes) if name not in names]
-    changes = {"classes": (*names, *added), "num_classes": len(names) + len(added)}
-    new = find_recipe(system.recipe).build(system.config.model_copy(update=changes))
-    state = dict(as_module(old).state_dict())
-    rows = state["conditioner.embedding.weight"]
-    mean = rows[:-1].mean(dim=0).expand(len(added), -1)
-    state["conditioner.embedding.weight"] = torch.cat([rows[:-1], mean, rows[-1:]])  # the null class is the last
-    as_module(new.model).load_state_dict(state)
+    new = find_recipe(system.recipe).build(system.config.for_classes((*names, *added)))
+    weights = as_module(old).state_dict()
+    own = {name: tensor for name, tensor in weights.items() if not name.startswith("conditioner.")}
+    as_module(new.model).load_state_dict(as_module(new.model).state_dict() | own)
+    new.model.conditioner.grow(old.conditioner)
     new.tokenizer = system.tokenizer
     return new
 

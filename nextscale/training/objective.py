@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Pyramid
+from nextscale.contracts import Conditioner, Pyramid
 from nextscale.draws import Draws, Part
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.schedule import Schedule
@@ -103,7 +103,7 @@ class TeacherForcing(NextScale):
         return Batch(schedule, teacher_inputs(pyramid, split(content, schedule.lengths), schedule), content)
 
 
-def dropped(condition: Condition, conditioner: Any, settings: GeneratorLoss, draws: Draws) -> Condition:
+def dropped(condition: Condition, conditioner: Conditioner, settings: GeneratorLoss, draws: Draws) -> Condition:
     """Replace parts of some images' conditions by their nulls, for guidance without a classifier: all parts together with
     probability `drop_condition`, and each part on its own as `drop_parts` says."""
     null, device = conditioner.null(condition), condition.device

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nextscale.contracts import Pyramid
 from nextscale.draws import Draws
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
@@ -43,6 +44,7 @@ from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
 from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokens import joined
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch, NextScale, Wants
 
@@ -96,13 +98,13 @@ class RandomSchedules(Settings, NextScale):
             sides.pop(rng.choice(range(max(1, len(sides) - 4), len(sides))))
         return sides
 
-    def batch(self, pyramid: Any, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
+    def batch(self, pyramid: Pyramid, content: Tensor, schedule: Schedule, draws: Draws) -> Batch:
         """Inputs and targets of features [B, C, h, w] on a schedule of this step's own."""
         seed = int(torch.randint(2**62, (1,), generator=draws.generator))
         drawn = Schedule.squares(*self.draw(random.Random(seed)))
         encoded = pyramid.encode(content, drawn)
         inputs = torch.cat(encoded.inputs, dim=1) if encoded.inputs else None
-        return Batch(drawn, inputs, torch.cat(encoded.tokens, dim=1))
+        return Batch(drawn, inputs, joined(encoded.tokens))
 
 
 # ---- the system -------------------------------------------------------------------------------------------------------
