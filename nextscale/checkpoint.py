@@ -6,9 +6,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -42,14 +42,6 @@ class FolderConfig(Settings):
     digests: dict[str, str] = Field(
         {}, description="BLAKE2b of the content of the files of weights, by name of the part"
     )
-
-
-class Builder(Protocol):
-    """What builds a system: the module of a recipe, or anything with these."""
-
-    Config: type[Settings]
-
-    def build(self, config: Any, seed: int = 0, *, model: bool = True) -> System: ...
 
 
 def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
@@ -87,7 +79,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    recipe: Builder | None = None,
+    recipes: Mapping[str, Any] | None = None,
 ) -> System:
     """A system by name: one that ships with the package (`emoji-64`), a folder, or a repository of the Hugging Face hub.
 
@@ -95,14 +87,15 @@ def load(
         device: where it computes.
         dtype: torch.bfloat16 or float16: of weights and activations, for sampling; what decides tokens stays float32
             (`system.FLOAT32`). Default: float32.
-        recipe: what builds the system, for a recipe that does not come with nextscale.
+        recipes: modules of recipes by name, for those that neither come with nextscale nor are an entry point of a package.
 
     Raises FileNotFoundError or ValueError with what is missing or wrong; a folder that does not fit loads nothing.
     """
     refuse_mps(device)
     folder = find_folder(name)
     config = _read_config(folder / "config.json")
-    builder: Builder = recipe or find_recipe(config.recipe)
+    recipes = recipes or {}
+    builder = recipes.get(config.recipe) or find_recipe(config.recipe)
     settings = _settings(builder.Config, config.config, folder, f"a {config.recipe} system")
     system = _built(lambda: builder.build(settings, model="model" in config.parts))
     own = saved_parts(system)
@@ -123,9 +116,14 @@ def load(
     if dtype is not None:
         system.half_(dtype)
     for change in config.changes:
-        method = find_method(change.recipe)
+        method = recipes.get(change.recipe) or find_method(change.recipe)
         system = method.apply(system, _settings(method.Config, change.config, folder, f"the change {change.recipe}"))
     return system
+
+
+def recipe_of(name: str | os.PathLike[str]) -> str:
+    """The name of the recipe that a system is of, without loading it; `name` as for `load`."""
+    return _read_config(find_folder(name) / "config.json").recipe
 
 
 def saved_parts(system: System) -> dict[str, nn.Module]:

@@ -38,7 +38,10 @@ class Condition:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._parts:
-            raise ValueError(f"this condition has no part {name!r}; it has {self._names()}")
+            raise ValueError(
+                f"this condition has no part {name!r}; it has {self._names()}. A conditioner gives all parts that the model "
+                "reads, or the transformer's `compose` makes them"
+            )
         return self._parts[name]
 
     def __repr__(self) -> str:

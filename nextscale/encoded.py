@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -337,6 +338,8 @@ def _check_told(system: System, data: Any, augmentation: AugmentSettings | None)
             raise ValueError(
                 f"the data do not say {reader.field!r}, which this system is told; items have {', '.join(item)}"
             )
+        if reader.field not in item and reader.field + "s" not in item:
+            warnings.warn(f"the data do not say {reader.field!r}, so the system learns it as not said", stacklevel=3)
         sizes = (tuple(item[system.output.field].shape[-2:]), system.image_size)
         moves = augmentation and (
             augmentation.mirror or augmentation.shift or augmentation.scale or augmentation.crop > 1

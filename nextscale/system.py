@@ -114,16 +114,24 @@ class System(nn.Module):
         return replaced(self, model=as_module(model))
 
     def changed(
-        self, recipe: str, config: Settings, *, model: Model | None = None, stepper: Stepper | None = None
+        self,
+        recipe: str,
+        config: Settings,
+        *,
+        model: Model | None = None,
+        stepper: Stepper | None = None,
+        sampling: Sampling | None = None,
     ) -> System:
-        """This system after a method changed its model or its loop; it shares all weights and goes on in the same mode. The
-        recipe's name and settings are kept, so that the result can be saved, loaded and changed again."""
+        """This system after a method changed its model, its loop or how it samples by default; it shares all weights and goes
+        on in the same mode. The recipe's name and settings are kept, so that the result can be saved, loaded and changed
+        again."""
         known = set(self.modules())
         for module in () if model is None else as_module(model).modules():
             if module not in known:  # new ones are in training mode
                 module.training = as_module(self.need_model()).training
         other = replaced(self) if model is None else replaced(self, model=as_module(model))
         other.stepper = self.stepper if stepper is None else stepper
+        other.sampling = self.sampling if sampling is None else sampling
         other.changes = (*self.changes, Change(recipe, config, self))
         return other
 

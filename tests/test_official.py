@@ -507,7 +507,7 @@ def test_sample_takes_a_preset(files, tmp_path, capsys, monkeypatch):
     preset = var.SAMPLING["demo"]
     for images, change in zip(seen, ({}, {"smooth": True}, {"guidance": 1}), strict=True):
         expected = ns.sample(system, [1, 1], seed=0, **preset.model_copy(update=change).options())
-        torch.testing.assert_close(images[-1], expected)
+        torch.testing.assert_close(images[-1].images, expected)
     assert cli.main([*words, "--preset", "papier"]) == 2
     assert "unknown --preset 'papier'; the recipe var has paper-256, paper-512, demo" in capsys.readouterr().err
 

@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import nextscale as ns
 
@@ -53,3 +55,20 @@ def test_shipped_systems_say_their_licence():
     for name, folder in ns.shipped().items():
         card = (folder / "README.md").read_text()
         assert "CC BY-SA 4.0" in card and "OpenMoji" in card, name
+
+
+def test_the_guides_recipe_works(tmp_path):
+    """The whole recipe of docs/add-a-recipe.md trains, samples, is saved and loaded, as it stands there."""
+    guide = (Path(__file__).parent.parent / "docs" / "add-a-recipe.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, flags=re.S | re.M)
+    recipe = types.ModuleType("method")
+    exec(compile(block, "add-a-recipe.md", "exec"), vars(recipe))
+    system = recipe.build(recipe.PRESETS["tiny"](), seed=1)
+    items = [{"image": torch.rand(3, 64, 64) * 2 - 1, "label": i % 10} for i in range(4)]
+    config = ns.TrainConfig(steps=2, batch_size=2, warmup=1)
+    tokenizer = recipe.build(system.config, seed=1, model=False)
+    ns.train_tokenizer(tokenizer, items, config, out=tmp_path / "tokenizer", loss=recipe.TOKENIZER_LOSS)
+    ns.train_model(system, items, config, out=tmp_path / "generator", val=items)
+    again = ns.load(tmp_path / "generator" / "system", recipes={"method": recipe})
+    assert torch.equal(ns.sample(again, [1, None], seed=3), ns.sample(system, [1, None], seed=3))
+    assert recipe.build(recipe.tiny(num_classes=0)).model is None

@@ -13,6 +13,7 @@ from nextscale.model.class_condition import ClassCondition
 from nextscale.model.transformer import Transformer
 from nextscale.readers import ClassReader, Given, TensorReader
 from nextscale.recipes.generators import infinity, var
+from nextscale.recipes.guidance.negative import with_negative
 from nextscale.sampling.guidance import Guidance
 from nextscale.system import System
 from nextscale.training.config import GeneratorLoss
@@ -78,6 +79,7 @@ def several() -> System:
         plain.tokenizer,
         model,
         CLASSES,
+        sampling=plain.sampling,
         objective=plain.objective,
         readers=readers,
     )
@@ -174,7 +176,7 @@ def test_a_part_and_its_mask_are_one():
 
 def test_dropping_a_context_takes_the_mask_of_its_null():
     system = infinity.build(infinity.tiny(), seed=1)
-    negative = infinity.with_negative(system, "a very long text of many words")
+    negative = with_negative(system, "a very long text of many words")
     condition = negative.condition(["short", "red apple"])
     null = negative.model.conditioner.null(condition)
     everywhere = torch.ones(2, dtype=torch.bool)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nextscale.checkpoint import load
+from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
@@ -28,13 +28,17 @@ def main(arguments: Sequence[str]) -> None:
     """Run `nextscale train ...` with the words after `train`."""
     # The preset and the data are read first: they set the defaults that --help shows and that further options change.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--recipe", "--preset", "--data"):
+    for option in ("--recipe", "--preset", "--data", "--tokenizer", "--init-from"):
         early.add_argument(option, nargs="?")  # without a name: tyro says it
     named = early.parse_known_args(arguments)[0]
+    base = named.init_from or named.tokenizer
+    if base and not named.recipe:  # a trained system says what it is
+        named.recipe = recipe_of(run_system(base))
+        arguments = [*arguments, "--recipe", named.recipe]
     recipe = find_recipe(named.recipe or RECIPE)
     presets = getattr(recipe, "PRESETS", {})
     if not presets:
-        raise ValueError(f"the recipe {named.recipe!r} has nothing to train")
+        raise ValueError(f"the recipe {named.recipe!r} has no PRESETS, the settings to train with")
     name = named.preset or next(iter(presets))
     if name not in presets:
         raise ValueError(
@@ -63,7 +67,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         preset: str = name,
         oversample: int = 2 if drawings else 1,
         train: Annotated[TrainConfig, Flat] = TrainConfig(),
-        loss: TokenizerLoss = module.TOKENIZER_LOSS,
+        loss: TokenizerLoss = getattr(module, "TOKENIZER_LOSS", TokenizerLoss()),
         augmentation: AugmentSettings = AugmentSettings() if drawings else PHOTOS,
         system: config_type = defaults,  # type: ignore[valid-type]
     ) -> None:
@@ -279,10 +283,15 @@ def checked_sizes(base: System, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
+def run_system(name: str) -> str:
+    """The system in a run's folder, or the name as it is."""
+    folder = Path(name) / "system"
+    return str(folder) if folder.is_dir() else name
+
+
 def trained(name: str, recipe: str) -> System:
     """The system of a run's folder, or of that name; of the given recipe."""
-    run = Path(name) / "system"
-    system = load(run if run.is_dir() else name)
+    system = load(run_system(name))
     if system.recipe != recipe:
         raise ValueError(f"{name} is of the recipe {system.recipe!r}, got --recipe {recipe}; give the same")
     return system

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nextscale.contracts import Combine, Generators, Pick
 from nextscale.draws import Draws
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.tokens import Soft, Tokens, each
+from nextscale.tokens import Soft, Tokens, each, whole_numbers
 
 
 class BitHead(nn.Module):
@@ -47,7 +47,7 @@ class BitHead(nn.Module):
 
     def log_prob(self, h: Tensor, tokens: Tensor) -> Tensor:
         """Log-likelihood of each token in nats, the sum over its bits, [B, l]."""
-        return -self._each_bit(self(h), tokens).sum(dim=-1)
+        return -self._each_bit(self(h), whole_numbers(tokens, "bits")).sum(dim=-1)
 
     def loss_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The loss of given logits."""

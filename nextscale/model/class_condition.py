@@ -20,6 +20,8 @@ class ClassCondition(nn.Module):
 
     def forward(self, told: Mapping[str, Tensor]) -> Condition:
         """Labels int64 [B] in 0 .. num_classes; num_classes is the null class."""
+        if self.name not in told:
+            raise ValueError(f"no reader of this system is named {self.name!r}; there are {', '.join(told) or 'none'}")
         return self._condition(told[self.name])
 
     def null(self, condition: Condition) -> Condition:

@@ -10,7 +10,7 @@ from nextscale.contracts import Combine, Generators, Pick
 from nextscale.draws import Draws
 from nextscale.model.lean import Linear
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.tokens import Tokens
+from nextscale.tokens import Tokens, whole_numbers
 
 
 class SoftmaxHead(nn.Module):
@@ -42,7 +42,7 @@ class SoftmaxHead(nn.Module):
 
     def log_prob(self, h: Tensor, tokens: Tensor) -> Tensor:
         """Log-likelihood of each token in nats, [B, l]."""
-        return -self.loss_of(self(h), tokens)
+        return -self.loss_of(self(h), whole_numbers(tokens, "ids"))
 
     @staticmethod
     def loss_of(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

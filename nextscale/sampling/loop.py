@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.condition import Condition
-from nextscale.contracts import Edit, Pick, Stepper
+from nextscale.contracts import Cache, Edit, Generators, Pick, Stepper
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick, pick_at
 from nextscale.sampling.state import Noise, State, plain_tensors
@@ -64,23 +64,26 @@ class ScaleByScale:
         )
 
     def step(self, system: System, state: State) -> State:
-        k, schedule, pyramid, model = state.k, state.schedule, system.tokenizer.pyramid, system.need_model()
         state = drop_branches(state)
         cache, generators = state.cache.fork(), state.noise.generators()
-        inputs = None
-        if k:  # every branch sees the same image so far
-            inputs = pyramid.next_input(state.f_hat, k, schedule).repeat(len(state.branches), 1, 1)
-        h = model.hidden(inputs, state.prepared, schedule.span(k, k + 1), cache)
-
-        def combine(predictions: Tensor) -> Tensor:
-            return state.guidance.combine(predictions, state.branches, schedule, k)
-
-        tokens = model.head.sample(h, combine, pick_at(state.pick, schedule, k), generators)
+        tokens = self.draw(system, state, cache, generators)
         if state.edit is not None:
-            tokens = state.edit(tokens, k)
-        f_hat = pyramid.add(state.f_hat, tokens, k, schedule)
-        tokens_so_far, noise = [*state.tokens, tokens], state.noise.after(generators)
-        return replace(state, k=k + 1, f_hat=f_hat, cache=cache, tokens=tokens_so_far, noise=noise)
+            tokens = state.edit(tokens, state.k)
+        return replace(
+            state,
+            k=state.k + 1,
+            f_hat=system.tokenizer.pyramid.add(state.f_hat, tokens, state.k, state.schedule),
+            cache=cache,
+            tokens=[*state.tokens, tokens],
+            noise=state.noise.after(generators),
+        )
+
+    def draw(self, system: System, state: State, cache: Cache, generators: Generators) -> Tokens:
+        """Tokens of the next scale, whose keys and values go into the cache. Methods that draw in another way replace this."""
+        inputs = None
+        if state.k:
+            inputs = system.tokenizer.pyramid.next_input(state.f_hat, state.k, state.schedule)
+        return predicted(system, state, inputs, cache, generators)
 
     def done(self, system: System, state: State) -> bool:
         return state.k >= len(state.schedule) - self.skipped
@@ -90,6 +93,49 @@ class ScaleByScale:
 
     def finish(self, system: System, state: State) -> Tensor:
         return system.output.finish(system.tokenizer.decode(state.f_hat))
+
+
+def predicted(
+    system: System,
+    state: State,
+    inputs: Tensor | None,
+    cache: Cache,
+    generators: Generators,
+    *,
+    commit: bool = True,
+) -> Tokens:
+    """One pass over the next scale, guided and picked: inputs [B, l_k, C] of images (None at the first scale) to tokens."""
+    model, k, schedule = system.need_model(), state.k, state.schedule
+    if inputs is not None:  # every branch sees the same image so far
+        inputs = inputs.repeat(len(state.branches), 1, 1)
+    h = model.hidden(inputs, state.prepared, schedule.span(k, k + 1), cache, commit=commit)
+
+    def combine(predictions: Tensor) -> Tensor:
+        return state.guidance.combine(predictions, state.branches, schedule, k)
+
+    return model.head.sample(h, combine, pick_at(state.pick, schedule, k), generators)
+
+
+@dataclass(frozen=True)
+class StepperWrapper:
+    """A stepper around another one: what it does not change is the inner one's."""
+
+    inner: Stepper
+
+    def start(self, system: System, told: Labels, options: Options) -> State:
+        return self.inner.start(system, told, options)
+
+    def step(self, system: System, state: State) -> State:
+        return self.inner.step(system, state)
+
+    def done(self, system: System, state: State) -> bool:
+        return self.inner.done(system, state)
+
+    def finish(self, system: System, state: State) -> Tensor:
+        return self.inner.finish(system, state)
+
+    def skipping(self, scales: int) -> Stepper:
+        return replace(self, inner=self.inner.skipping(scales))
 
 
 def stepper_of(system: System) -> Stepper:

@@ -210,6 +210,8 @@ def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | N
         raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
     size, got = system.output.shape(system.schedule, system.tokenizer.stride), tuple(item[field].shape)
     if augmentation is None and got != size:
+        if field == "image" and got[:1] == size[:1]:
+            size, got = size[1:], got[1:]
         raise ValueError(
             f"this system makes {field}s of {size}, got training {field}s of {got}; read them at that size"
         )

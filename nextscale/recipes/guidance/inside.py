@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 from torch import Tensor
 
-from nextscale.contracts import Block, LayerCache, Opaque, Stepper
+from nextscale.contracts import Block, LayerCache, Opaque
 from nextscale.model.block import BlockWrapper
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.loop import Options, stepper_of
+from nextscale.sampling.loop import StepperWrapper, stepper_of
 from nextscale.sampling.state import State
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
-from nextscale.system import Labels, System
+from nextscale.system import System
 
 APPLIES_TO = "any system that samples with guidance"
 
@@ -50,14 +50,10 @@ def apply(system: System, config: Config = Config()) -> System:
 
 
 @dataclass(frozen=True)
-class GuidedInside:
+class GuidedInside(StepperWrapper):
     """The steps of another stepper, with the branches blended after a block."""
 
-    inner: Stepper
-    block: int
-
-    def start(self, system: System, told: Labels, options: Options) -> State:
-        return self.inner.start(system, told, options)
+    block: int = -1
 
     def step(self, system: System, state: State) -> State:
         model, guidance = system.need_model(), state.guidance
@@ -66,15 +62,6 @@ class GuidedInside:
         guided = system.with_model(model.with_blocks(blocks))
         first = FirstBranch(guidance.weights, guidance.drops)
         return replace(self.inner.step(guided, replace(state, guidance=first)), guidance=guidance)
-
-    def done(self, system: System, state: State) -> bool:
-        return self.inner.done(system, state)
-
-    def finish(self, system: System, state: State) -> Tensor:
-        return self.inner.finish(system, state)
-
-    def skipping(self, scales: int) -> Stepper:
-        return replace(self, inner=self.inner.skipping(scales))
 
 
 class GuidedBlock(BlockWrapper):
