@@ -229,7 +229,8 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Conditioner(Protocol):
-    """Makes the named parts of a condition, and their nulls."""
+    """Makes the named parts of a condition, and their nulls. What it is told is float32 or whole numbers; it casts floats to
+    the dtype of its own weights."""
 
     def __call__(self, told: Mapping[str, Any]) -> Condition:
         """`told`: what the readers made of it, by their names."""
@@ -263,8 +264,8 @@ class LayerCache(Protocol):
         """Memory that it holds."""
 
     def fork(self, commit: bool = True) -> LayerCache:
-        """One that goes on from here. Without `commit` it is for looking ahead: what it is given is thrown away, and the
-        next one may use the same memory."""
+        """One that goes on from here. Without `commit` it is for looking ahead: what it is given is thrown away, and the next
+        one uses the same memory. Going on with one whose memory was used by another since raises RuntimeError."""
 
     def select(self, rows: Tensor) -> LayerCache:
         """Chosen rows (int64 [rows']), re-ordered or copied."""
@@ -367,7 +368,7 @@ class Model(Protocol):
     def hidden(
         self, inputs: Tensor | None, prepared: Opaque, span: Span, cache: Opaque = None, *, commit: bool = True
     ) -> Tensor:
-        """Hidden states for the head, [B, l, D]. With `commit=False` the cache stays as it is."""
+        """Hidden states for the head, float32 [B, l, D]. With `commit=False` the cache stays as it is."""
 
     def new_cache(self, prepared: Opaque, schedule: Schedule) -> Opaque:
         """An empty cache (`Cache`) for the rows of `prepared` and all scales of a schedule."""

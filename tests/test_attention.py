@@ -86,7 +86,7 @@ def test_a_cache_is_a_value():
     """Forks share memory until two of them go on from the same place; what is not committed leaves no trace."""
     q, k, v = qkv(SCHEDULE.length)
     first, last = SCHEDULE.span(0, 1), SCHEDULE.span(1, 2)
-    parent = KVCache(2, 4, 5, 8, q)
+    parent = KVCache(2, 4, 13, 8, q)
     attend(*(x[:, :, :1] for x in (q, k, v)), first, 0.5, parent)
 
     def go_on(cache, place):
@@ -95,6 +95,11 @@ def test_a_cache_is_a_value():
     expected = [go_on(KVCacheCopy(parent), place) for place in (1, 5)]
     trial = parent.fork(commit=False)
     assert torch.equal(go_on(trial, 5), expected[1]) and parent.length == 1
+    ahead, other = parent.fork(commit=False), parent.fork(commit=False)
+    go_on(ahead, 1)
+    go_on(other, 5)
+    with pytest.raises(RuntimeError, match="looked ahead"):  # rather than wrong keys
+        go_on(ahead, 1)
     one = parent.fork()
     assert torch.equal(go_on(one, 1), expected[0])
     assert one.memory is parent.memory  # after a trial, nothing needs a copy

@@ -159,17 +159,16 @@ def recipe_of(make) -> dict:
     return {"probe": recipe, "few-keys": SimpleNamespace(Config=NoSettings, apply=with_few_keys)}
 
 
-def through_all_verbs(make, folder, told, data=None, *, train=True, **options) -> System:
+def through_all_verbs(make, folder, told, data=None, *, half=True, **options) -> System:
     """Train, validate, sample, decode, save, load, and the laws that all systems keep; returns the system."""
     system = built(make)
     assert broken_contracts(system) == []
     data = items() if data is None else data
-    if train:
-        config = ns.TrainConfig(steps=4, batch_size=4, warmup=1, validate_every=2, log_every=1, save_every=4)
-        ns.train_model(system, data, config, out=folder / "run", val=data, **options)
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert sum("val/loss" in line for line in lines) == 2
-        assert all(abs(line["train/loss"]) < 1e4 for line in lines if "train/loss" in line)
+    config = ns.TrainConfig(steps=4, batch_size=4, warmup=1, validate_every=2, log_every=1, save_every=4)
+    ns.train_model(system, data, config, out=folder / "run", val=data, **options)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("val/loss" in line for line in lines) == 2
+    assert all(abs(line["train/loss"]) < 1e4 for line in lines if "train/loss" in line)
     rows = len(next(iter(told.values())))
     images = ns.sample(system, told, seed=5)
     tokens = ns.sample_tokens(system, told, seed=5)
@@ -186,6 +185,8 @@ def through_all_verbs(make, folder, told, data=None, *, train=True, **options) -
     torch.testing.assert_close(children[1].flip(0), images, atol=1e-4, rtol=0)
     again = ns.load(ns.save(system, folder / "saved"), recipes=recipe_of(make))  # law 7
     assert torch.equal(ns.sample(again, told, seed=5), images)
+    if half:  # all networks are the core's, or cast as the contracts say
+        assert ns.sample(again.half_(torch.bfloat16), told, seed=5).isfinite().all()
     return system
 
 
@@ -398,7 +399,7 @@ def score(system, told, tokens) -> float:
 
 def test_a_tree_of_states(tmp_path):
     """Beam search, TTS-VAR: children of one state, of which the best goes on."""
-    system = built(probe_system)
+    system = through_all_verbs(probe_system, tmp_path, TOLD)
     told = {"label": [1]}
     tokens, total = beam(system, told, 4)
     alone = ns.sample_tokens(system, told, guidance=ns.cfg(1.0), seed=0)
@@ -451,7 +452,7 @@ def test_a_hook_after_the_last_scale(tmp_path):
     def make():
         return probe_system(stepper=Refined(), parts={"refiner": Part(nn.Conv2d(3, 3, 3, padding=1), "trained")})
 
-    system = through_all_verbs(make, tmp_path, TOLD)
+    system = through_all_verbs(make, tmp_path, TOLD, half=False)
     assert (tmp_path / "saved" / "refiner.safetensors").exists()
     plain = ns.decode(system, ns.sample_tokens(system, TOLD, seed=5))
     assert (ns.sample(system, TOLD, seed=5) - plain).abs().max() > 1e-3
@@ -525,14 +526,22 @@ def with_few_keys(system, config=NoSettings()):
     return system.changed("few-keys", config, model=system.model.with_blocks(blocks))
 
 
+def last_logits(system) -> torch.Tensor:
+    seen = []
+    ns.sample_tokens(
+        system, TOLD, seed=3, pick=lambda logits, generators: seen.append(logits) or ns.greedy(logits, generators)
+    )
+    return seen[-1]
+
+
 def test_keys_are_dropped_head_by_head(tmp_path):
     """ScaleKV, HACK: attention goes through the cache object; a trained system gets another one from outside."""
-    system = built(probe_system)
+    system = through_all_verbs(probe_system, tmp_path / "trained", TOLD)
     pruned = with_few_keys(system)
     again = ns.load(ns.save(pruned, tmp_path), recipes=recipe_of(probe_system))
     assert torch.equal(ns.sample(again, TOLD, seed=3), ns.sample(pruned, TOLD, seed=3))
     dense = ns.sample_tokens(system, TOLD, seed=3)
-    assert not torch.equal(ns.sample_tokens(pruned, TOLD, seed=3)[2], dense[2])
+    assert (last_logits(pruned) - last_logits(system)).abs().max() > 1e-4
     FewKeys.most = SCHEDULE.length
     try:
         assert all(torch.equal(a, b) for a, b in zip(ns.sample_tokens(pruned, TOLD, seed=3), dense, strict=True))
@@ -569,7 +578,7 @@ class PrefixCondition(nn.Module):
 
     def forward(self, told):
         text = told["caption"]
-        words = torch.where(text.null.view(-1, 1, 1), self.silence, self.words(text.features))
+        words = torch.where(text.null.view(-1, 1, 1), self.silence, self.words(text.features.to(self.vec)))
         return self._condition(words, text.mask)
 
     def null(self, condition):
@@ -603,7 +612,7 @@ class MapCondition(nn.Module):
         self.unmapped = nn.Parameter(torch.randn(dim))
 
     def forward(self, told):
-        rows = F.pixel_unshuffle(told["depth"].values, 2).flatten(2).mT  # [B, 4, 4]
+        rows = F.pixel_unshuffle(told["depth"].values.to(self.unmapped), 2).flatten(2).mT  # [B, 4, 4]
         depth = torch.where(told["depth"].null.view(-1, 1, 1), self.unmapped, self.patch(rows))
         return Condition(label=self.label(told["label"]), depth=depth)
 
@@ -678,7 +687,7 @@ def test_two_models_in_one_decoding(tmp_path):
         parts = {"refiner": Part(probe_model(), "frozen"), "encoder": Part(nn.Linear(2, 2), "external")}
         return probe_system(stepper=Handover(), parts=parts)
 
-    system = through_all_verbs(make, tmp_path, TOLD)
+    system = through_all_verbs(make, tmp_path, TOLD, half=False)
     assert sorted(p.name for p in (tmp_path / "saved").glob("*.safetensors")) == [
         "model.safetensors",
         "refiner.safetensors",
@@ -799,12 +808,12 @@ def test_objectives_that_own_their_loss(objective, tmp_path):
     data = items(other=lambda i: torch.full((3, 16, 16), (-1.0) ** i)) if objective.wants != "nothing" else None
     config = ns.TrainConfig(steps=4, batch_size=4, warmup=1, validate_every=2, log_every=1, save_every=2)
 
-    def run(out, steps):
+    def run(out, objective):
         system = built(probe_system)
-        ns.train_model(system, data, config.model_copy(update={"steps": steps}), out=out, val=data, objective=objective)
+        ns.train_model(system, data, config, out=out, val=data, objective=objective)
         return system
 
-    whole = run(tmp_path / "whole", 4)
+    whole = run(tmp_path / "whole", objective)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert sum("val/loss" in line for line in lines) == 2
     before = built(probe_system)
@@ -814,6 +823,23 @@ def test_objectives_that_own_their_loss(objective, tmp_path):
     )
     again = ns.load(ns.save(whole, tmp_path / "saved"), recipes=recipe_of(probe_system))
     assert torch.equal(ns.sample(again, TOLD), ns.sample(whole, TOLD))
+
+    loss = type(objective).loss
+
+    class Stopped(type(objective)):
+        """Dies in the last step but one."""
+
+        def loss(self, run, part, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return loss(self, run, part, step)
+
+    Stopped.__name__, Stopped.__qualname__ = type(objective).__name__, type(objective).__qualname__
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Stopped())
+    resumed = run(tmp_path / "cut", objective)
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- other content than pictures ---------------------------------------------------------------------------------------
@@ -868,7 +894,7 @@ def test_sequences_are_no_pictures(tmp_path):
 
     waves = torch.randn(8, 2, 6, generator=torch.Generator().manual_seed(0)) * 3
     data = [{"sequence": waves[i], "label": i % 3} for i in range(8)]
-    system = through_all_verbs(make, tmp_path, TOLD, data)
+    system = through_all_verbs(make, tmp_path, TOLD, data, half=False)
     f_hat = system.tokenizer.encode(waves, schedule).f_hats[-1]
     torch.testing.assert_close(ns.decode(system, ns.encode(system, waves)), system.tokenizer.decode(f_hat))
     with pytest.raises(ValueError, match="sequences"):
@@ -913,4 +939,5 @@ def test_three_planes_of_tokens(tmp_path):
         return probe_system(PlaneTokenizer(schedule), probe_model(schedule), schedule, output=Planes())
 
     planes = torch.randn(8, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    through_all_verbs(make, tmp_path, TOLD, [{"planes": planes[i], "label": i % 3} for i in range(8)])
+    data = [{"planes": planes[i], "label": i % 3} for i in range(8)]
+    through_all_verbs(make, tmp_path, TOLD, data, half=False)

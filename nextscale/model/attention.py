@@ -17,11 +17,14 @@ from nextscale.schedule import Span
 
 
 class Memory:
-    """Room for keys and values, [2, rows, N, length, head_dim], which the forks of a cache share: `used` tokens of it are
-    somebody's."""
+    """Room for keys and values, [2, rows, N, length, head_dim], which the forks of a cache share.
+
+    used: tokens of it that are somebody's for good. guest: the mark of what looks ahead behind them.
+    """
 
     def __init__(self, room: Tensor) -> None:
         self.room, self.used = room, 0
+        self.guest: object = None
 
 
 class KVCache:
@@ -38,6 +41,7 @@ class KVCache:
         self.length = 0
         self.segments: tuple[tuple[int, int], ...] = ()  # (scale, end) of what was added; scale -1 is the prefix
         self.committed = True
+        self.mark: object = None  # that of its tokens which are not committed
         self.outputs: dict[int, Tensor] = {}
 
     def fork(self, commit: bool = True) -> KVCache:
@@ -48,6 +52,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> KVCache:
         """Chosen rows (int64 [rows'])."""
+        self._check()
         other = self.fork(self.committed)
         room = self.memory.room
         other.memory = Memory(room.new_empty(2, len(rows), *room.shape[2:]))
@@ -63,6 +68,7 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store the span's keys and values [rows, N, l, head_dim]; returns views of all so far, [rows, N, length, head_dim]."""
+        self._check()
         end = self.length + k.shape[2]
         if self.memory.used > self.length:  # another fork went on from here
             room = self.memory.room
@@ -73,9 +79,19 @@ class KVCache:
         room[0, :, :, self.length : end] = k
         room[1, :, :, self.length : end] = v
         if self.committed:
-            self.memory.used = end
+            self.memory.used, self.memory.guest = end, None
+        else:
+            self.memory.guest = self.mark = object()
         self.segments, self.length = (*self.segments, *_segments(span, self.length)), end
         return room[0, :, :, :end], room[1, :, :, :end]
+
+    def _check(self) -> None:
+        """Raise RuntimeError if others have used the memory since this one looked ahead."""
+        if self.length > self.memory.used and self.memory.guest is not self.mark:
+            raise RuntimeError(
+                "this cache looked ahead (commit=False), and its memory was used by another one since; look ahead one after "
+                "the other, or fork with commit=True"
+            )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> Tensor:
         """See `contracts.KeyCache`."""

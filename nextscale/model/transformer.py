@@ -120,7 +120,7 @@ class Transformer(nn.Module):
     def hidden(
         self, inputs: Tensor | None, prepared: Prepared, span: Span, cache: Cache | None = None, *, commit: bool = True
     ) -> Tensor:
-        """Hidden states for the head, [B, l, D].
+        """Hidden states for the head, float32 [B, l, D].
 
         Without a cache the span begins at the first scale, and attention sees its scales as the span says (block-causal by
         default). With a cache earlier scales are read from it, and what the span leaves for later ones is added to it; with
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
                 h = _placed(h, positions, span.leading)
             h = block(h, prepared.blocks[i], span, None if cache is None else cache[i])
         scale, shift = prepared.head.unbind(1)
-        return torch.addcmul(shift, self.norm(h[:, span.leading :]), 1 + scale)
+        return torch.addcmul(shift, self.norm(h[:, span.leading :]), 1 + scale).float()
 
     def new_cache(self, prepared: Prepared, schedule: Schedule) -> Cache:
         """An empty cache for the rows of `prepared` and all scales of a schedule."""
