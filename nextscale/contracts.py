@@ -307,6 +307,7 @@ class Branch(Protocol):
         """What is added to the residual stream [B, l, D]."""
 
 
+@runtime_checkable
 class Layer(Protocol):
     """What a modulated branch computes, in two steps, so that what lies before the first product of matrices need not be kept
     for the backward pass."""
@@ -336,6 +337,7 @@ class Positions(Protocol):
         """Its initial weights, after linear layers and embeddings have the usual ones."""
 
 
+@runtime_checkable
 class Prepared(Protocol):
     """What a model made of a condition, once an image."""
 
@@ -343,6 +345,7 @@ class Prepared(Protocol):
         """Chosen rows (int64 [rows']), re-ordered or copied."""
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a model keeps from scale to scale: one layer cache a block. A value, as they are."""
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Model, Objective, Output, Reader, Sampling, Stepper, Tokenizer
+from nextscale.contracts import Model, Objective, Output, Pyramid, Reader, Sampling, Stepper, Tokenizer
 from nextscale.modules import as_module, replaced
 from nextscale.output import Images
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.tokenizer.pyramid import teacher_inputs
-from nextscale.tokens import Tokens, each, first_tensor
+from nextscale.tokens import Soft, Tokens, each, first_tensor
 
 # What is told of images: class names, class numbers or texts, None for nothing, one entry each; or several such lists by name.
 Labels = Sequence[Any] | Tensor | str | int | None | Mapping[str, Any]
@@ -253,7 +253,21 @@ def _checked(system: System, tokens: Sequence[Tokens], schedule: Schedule) -> li
     lengths = [first_tensor(token_map).shape[1] for token_map in tokens]
     if not lengths or tuple(lengths) != schedule.lengths[: len(lengths)]:
         raise ValueError(f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {lengths}")
+    for token_map in tokens:
+        _check_kind(token_map, system.tokenizer.pyramid)
     return [each(lambda part: part.to(system.device), token_map) for token_map in tokens]
+
+
+def _check_kind(tokens: Tokens, pyramid: Pyramid) -> None:
+    """Raise ValueError for tokens that are of another kind than the pyramid's."""
+    plain, soft = isinstance(tokens, Tensor), isinstance(tokens, Soft)
+    whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
+    fits = {"ids": whole or soft, "bits": whole or soft, "vectors": plain and not whole}
+    fits["mixed"] = pyramid.token_type is not None and type(tokens) is pyramid.token_type
+    if not fits[pyramid.kind]:
+        got = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
+        hint = "; soft weights over the choices are ns.Soft(weights)" if pyramid.kind in ("ids", "bits") else ""
+        raise ValueError(f"this system's tokens are {pyramid.kind}, got {got}{hint}")
 
 
 def teacher_logits(system: System, tokens: Sequence[Tokens], condition: Condition, schedule: Schedule) -> Tensor:

@@ -60,8 +60,11 @@ def every_system() -> list:
 def broken_contracts(system) -> list[str]:
     """What parts of a system lack, in words."""
     model, told = system.model, {name: [None] for name in system.readers}
-    cache = model.new_cache(model.prepare(system.condition(told)), system.schedule)
+    prepared = model.prepare(system.condition(told))
+    cache = model.new_cache(prepared, system.schedule)
     parts = [
+        (contracts.Prepared, prepared),
+        (contracts.Cache, cache),
         (contracts.Pyramid, system.tokenizer.pyramid),
         (contracts.Tokenizer, system.tokenizer),
         (contracts.Conditioner, model.conditioner),
@@ -88,6 +91,17 @@ def broken_contracts(system) -> list[str]:
 @pytest.mark.parametrize("system", every_system())
 def test_parts_keep_their_contracts(system):
     assert broken_contracts(system) == []
+    tokenizer, model = system.tokenizer, system.model
+    assert isinstance(tokenizer, contracts.TrainableTokenizer) and isinstance(
+        tokenizer.pyramid, contracts.TrainablePyramid
+    )
+    upkeep = tokenizer.pyramid.upkeep()
+    assert upkeep is None or isinstance(upkeep, contracts.Upkeep)
+    base = system.base.model
+    layers = [branch.layer for block in base.blocks for branch in block.branches if hasattr(branch.layer, "project")]
+    assert layers and all(isinstance(layer, contracts.Layer) for layer in layers)
+    caches = [block.new_cache(1, 4, base.embed_input.weight) for block in model.blocks]
+    assert all(isinstance(cache, contracts.KeyCache) for cache in caches)
 
 
 @pytest.mark.parametrize("system", every_system())

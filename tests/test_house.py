@@ -31,3 +31,22 @@ def test_the_core_imports_no_recipe():
 def test_no_two_files_have_one_name():
     names = [path.name for path in (ROOT / "nextscale").rglob("*.py") if not path.name.startswith("__")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_architecture_md_lists_every_promise():
+    """Each member of each contract stands in the list of docs/architecture.md."""
+    from nextscale import contracts
+
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = text[text.index("## Contracts") : text.index("## Laws")]
+    kinds = [kind for kind in vars(contracts).values() if getattr(kind, "_is_protocol", False)]
+    assert len(kinds) > 20
+    members = {name for kind in kinds for name in dir(kind) if not name.startswith("_")}
+    members |= {name for kind in kinds for name in getattr(kind, "__annotations__", {})}
+    assert sorted(name for name in members if name not in listed) == []
+
+
+def test_the_picture_of_the_house_is_drawn_from_this_code(tmp_path):
+    """Rooms and arrows, not pixels: fonts differ from machine to machine."""
+    drawn = (ROOT / "docs" / "images" / "house.txt").read_text(encoding="utf-8").splitlines()
+    assert drawn == house.listed()

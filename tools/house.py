@@ -87,8 +87,22 @@ def faults() -> list[str]:
     return sentences
 
 
+def needed() -> set[tuple[str, str]]:
+    """The arrows that do not follow from others: those to rooms that no other imported room leads to."""
+    direct = set(arrows())
+    below: dict[str, set[str]] = {}
+    for room in sorted(FLOOR, key=lambda name: FLOOR[name]):
+        own = {other for first, other in direct if first == room}
+        below[room] = own.union(*(below[other] for other in own))
+    return {
+        (room, other)
+        for room, other in direct
+        if not any(other in below[third] for first, third in direct if first == room)
+    }
+
+
 def draw(out: Path) -> None:
-    """The picture: a box for each room, an arrow for each import; through several floors arrows are paler."""
+    """The picture: a box for each room, an arrow for each import that does not follow from other arrows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,15 +113,10 @@ def draw(out: Path) -> None:
     for number, rooms in enumerate(FLOORS):
         for i, room in enumerate(rooms):
             places[room] = ((i + 1) / (len(rooms) + 1) * 10, float(number))
-    for room, other in arrows():
-        far = FLOOR[room] - FLOOR[other]
-        style = {
-            "arrowstyle": "-|>",
-            "color": "#3465a4",
-            "alpha": 0.9 if far == 1 else 0.25,
-            "lw": 1.2 if far == 1 else 0.7,
-        }
-        style |= {"connectionstyle": f"arc3,rad={0 if far == 1 else 0.12}", "shrinkA": 12, "shrinkB": 12}
+    for room, other in needed():
+        straight = FLOOR[room] - FLOOR[other] == 1 or places[room][0] != places[other][0]
+        style = {"arrowstyle": "-|>", "color": "#3465a4", "lw": 1.2, "shrinkA": 18, "shrinkB": 18}
+        style |= {"connectionstyle": f"arc3,rad={0 if straight else 0.3}"}
         axes.annotate("", xy=places[other], xytext=places[room], arrowprops=style)
     for room, (x, y) in places.items():
         files = (
@@ -124,17 +133,21 @@ def draw(out: Path) -> None:
     figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
+def listed() -> list[str]:
+    """The arrows in words, from the roof down."""
+    return [f"{room} -> {other}" for room, other in sorted(arrows(), key=lambda pair: (-FLOOR[pair[0]], pair))]
+
+
 def main(out: Path = Path("docs/images/house.png")) -> None:
-    """Draw the house, and say what is wrong with it.
+    """Draw the house; if an arrow leads up, say so and draw nothing.
 
     Args:
-        out: picture to write
+        out: picture to write; the arrows in words go beside it
     """
-    for (room, other), files in sorted(arrows().items(), key=lambda item: (-FLOOR.get(item[0][0], 0), item[0])):
-        print(f"{room} -> {other}: {len(files)} files")
     if wrong := faults():
         raise SystemExit("\n".join(wrong))
     draw(out)
+    out.with_suffix(".txt").write_text("\n".join(listed()) + "\n", encoding="utf-8")
     print(out)
 
 

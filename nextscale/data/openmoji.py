@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,8 +80,14 @@ class EmojiDataset(Dataset[dict[str, Any]]):
     An item is a dict: `image` float [3, H, W] in [-1, 1], `label` (class number of the group), `labels` (numbers of the
     group and the subgroup), `caption`, `captions` (see `captions_of`), `tags`, `hexcode`, `base`, `group`, `subgroup`,
     `mirror_ok`.
-    Attributes: `images` uint8 [N, 3, H, W], `rows`, `classes`, `mirror_ok` bool [N].
+    Attributes: `images` uint8 [N, 3, H, W], `rows`, `classes`, `mirror_ok` bool [N]; `kinds`: what several labels or captions
+    of a drawing are called.
     """
+
+    kinds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "label": ("group", "subgroup"),
+        "caption": ("name", "name and groups", "groups"),
+    }
 
     def __init__(self, images: Tensor, rows: list[EmojiRow], classes: tuple[str, ...]):
         if len(images) != len(rows):

@@ -82,7 +82,7 @@ def evaluate(
         training, held_out = encode_images(system, data.train), encode_images(system, data.val)
         training.check(system)
         held_out.check(system)
-        report["likelihood"] = _likelihood(system, training, held_out, base_groups(data.val)[0])
+        report["likelihood"] = _likelihood(system, data.val, training, held_out, base_groups(data.val)[0])
         report["samples"] = _samples(system, data, training, samples, seed, out, progress)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
@@ -142,20 +142,14 @@ def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]
 def _tokenizer(system: System, data: Any) -> list[dict[str, Any]]:
     """One entry a scale, over the validation images."""
     found = evaluate_tokenizer(system.tokenizer, data.val, system.schedule, system.device, BATCH)
-    return [
-        {
-            "scale": k,
-            "size": list(size),
-            "psnr": found.psnr[k],
-            "psnr_of_mean": found.psnr_of_mean[k],
-            "mse": found.mse[k],
-            "perplexity": found.perplexity[k],
-            "attainable": found.attainable[k],
-            "ratio": found.perplexity[k] / found.attainable[k],
-            "used": found.used[k],
-        }
-        for k, size in enumerate(system.schedule.sizes)
-    ]
+    rows: list[dict[str, Any]] = []
+    for k, size in enumerate(system.schedule.sizes):
+        rows.append({"scale": k, "size": list(size), "psnr": found.psnr[k], "psnr_of_mean": found.psnr_of_mean[k]})
+        rows[k]["mse"] = found.mse[k]
+        if found.perplexity:  # tokens that can be counted
+            rows[k] |= {"perplexity": found.perplexity[k], "attainable": found.attainable[k], "used": found.used[k]}
+            rows[k]["ratio"] = found.perplexity[k] / found.attainable[k]
+    return rows
 
 
 def _save_reconstructions(system: System, val: Dataset, path: Path, count: int = 16) -> None:
@@ -185,7 +179,9 @@ def _reconstructions(system: System, val: Dataset) -> Tensor:
 # ---- the generator's knowledge --------------------------------------------------------------------------------------
 
 
-def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages, groups: Tensor) -> dict[str, Any]:
+def _likelihood(
+    system: System, data: Any, training: EncodedImages, held_out: EncodedImages, groups: Tensor
+) -> dict[str, Any]:
     """Nats a token on the validation tokens: two tables of frequencies, then the model under each kind of label."""
     schedule = system.schedule
     result: dict[str, Any] = {}
@@ -195,7 +191,7 @@ def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages
         result["training_frequencies"] = _with_mean(frequency_cross_entropy(known, judged), schedule)
         result["frequency_accuracy"] = _with_mean(frequency_accuracy(known, judged), schedule)
     result["model"] = {}
-    for i, name in enumerate(_kinds(system, held_out)):
+    for i, name in enumerate(_kinds(system, data, held_out)):
         told = held_out.said(i)
         found = evaluate_likelihood(system, held_out.content, told, BATCH)
         gain = condition_gain(system, held_out.content, told, groups) if len(groups.unique()) > 1 else None
@@ -204,16 +200,15 @@ def _likelihood(system: System, training: EncodedImages, held_out: EncodedImages
     return result
 
 
-def _kinds(system: System, held_out: EncodedImages) -> list[str]:
-    """What the several labels or texts that fit an image are called."""
-    primary = next(iter(system.readers))
+def _kinds(system: System, data: Any, held_out: EncodedImages) -> list[str]:
+    """What the several labels or texts that fit an image are called: as the data say (`kinds`, by field), or numbered."""
+    primary, reader = next(iter(system.readers.items()))
     column = held_out.told[primary]
-    if not isinstance(column, Choices):
-        return [primary]
-    kinds = column.numbers.shape[1]
-    if column.texts is None:
-        return {1: ["label"], 2: ["group", "subgroup"]}.get(kinds, [f"label {i}" for i in range(kinds)])
-    return {1: ["caption"], 3: ["name", "name and groups", "groups"]}.get(kinds, [f"text {i}" for i in range(kinds)])
+    count = column.numbers.shape[1] if isinstance(column, Choices) else 1
+    named = getattr(data, "kinds", {}).get(reader.field, ())
+    if len(named) == count:
+        return list(named)
+    return [primary] if count == 1 else [f"{primary} {i}" for i in range(count)]
 
 
 def _with_mean(values: Sequence[float], schedule: Schedule) -> dict[str, Any]:
@@ -331,6 +326,7 @@ def _save_pairs(
 def _markdown(report: dict[str, Any]) -> str:
     about = report["about"]
     sizes = [_side(row["size"]) for row in report["tokenizer"]]
+    counted = "perplexity" in report["tokenizer"][0]
     lines = [
         f"# Evaluation of a `{about['recipe']}` system" + "".join(f" with {name}" for name in about["changes"]),
         "",
@@ -347,17 +343,9 @@ def _markdown(report: dict[str, Any]) -> str:
         "Validation images. PSNR: mean over images; in brackets the PSNR of the mean square error.",
         "",
         *_table(
-            ["scale", "size", "PSNR, dB", "perplexity", "attainable", "ratio", "codes used"],
+            ["scale", "size", "PSNR, dB", *(["perplexity", "attainable", "ratio", "codes used"] if counted else [])],
             [
-                [
-                    row["scale"],
-                    _side(row["size"]),
-                    f"{row['psnr']:.2f} ({row['psnr_of_mean']:.2f})",
-                    f"{row['perplexity']:.1f}",
-                    row["attainable"],
-                    f"{row['ratio']:.2f}",
-                    f"{row['used']:.1%}",
-                ]
+                [row["scale"], _side(row["size"]), f"{row['psnr']:.2f} ({row['psnr_of_mean']:.2f})", *_code_cells(row)]
                 for row in report["tokenizer"]
             ],
         ),
@@ -368,6 +356,13 @@ def _markdown(report: dict[str, Any]) -> str:
         lines += _likelihood_lines(report["likelihood"], sizes)
         lines += _sample_lines(report["samples"])
     return "\n".join(lines) + "\n"
+
+
+def _code_cells(row: dict[str, Any]) -> list[Any]:
+    """How a scale uses its codes, if its tokens can be counted."""
+    if "perplexity" not in row:
+        return []
+    return [f"{row['perplexity']:.1f}", row["attainable"], f"{row['ratio']:.2f}", f"{row['used']:.1%}"]
 
 
 def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]:

@@ -12,7 +12,12 @@ class TrainConfig(Settings):
 
     steps: int = Field(3000, ge=1, description="optimizer steps of the whole run")
     batch_size: int = Field(32, ge=1, description="images a step")
-    accumulate: int = Field(1, ge=1, description="forward passes that share a batch, for less memory; the same update")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="forward passes that share a batch, for less memory; the same update but for dropout, drop path and what "
+        "looks at several images at once (docs/several-machines.md)",
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(0.01, ge=0, le=1, description="learning rate at the end / peak")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
