@@ -286,6 +286,9 @@ class Block(Protocol):
     @property
     def branches(self) -> Sequence[Branch]: ...
 
+    def with_branches(self, branches: Iterable[Branch]) -> Block:
+        """The same block with these branches; nothing is copied. One around another block hands them on to it."""
+
     def reset_parameters(self, settings: OwnSettings, generator: torch.Generator) -> None:
         """Its initial weights, after linear layers and embeddings have the usual ones; `settings`: the transformer's."""
 

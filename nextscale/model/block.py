@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from nextscale.contracts import Layer, LayerCache, Opaque
 from nextscale.model.attention import KVCache, SelfAttention
 from nextscale.model.lean import Linear, checkpointed
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.modules import as_module, module_list
+from nextscale.modules import as_module, module_list, replaced
 from nextscale.schedule import Span
 
 
@@ -147,6 +147,10 @@ class Block(nn.Module):
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         return parts.unflatten(1, (3, -1)).unbind(2)
 
+    def with_branches(self, branches: Iterable[ABranch]) -> Block:
+        """A block that shares all weights with this one but has these branches."""
+        return replaced(self, branches=module_list(branches))
+
     def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
         """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""
         return KVCache(rows, self.num_heads, length, self.head_dim, like)
@@ -177,6 +181,10 @@ class BlockWrapper(nn.Module):
     @property
     def branches(self) -> Sequence[ABranch]:
         return self.block.branches
+
+    def with_branches(self, branches: Iterable[ABranch]) -> BlockWrapper:
+        """The same around the inner block with these branches."""
+        return replaced(self, block=as_module(self.block.with_branches(branches)))
 
     def prepare(self, condition: Condition) -> Opaque:
         """The inner block's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
+from nextscale.contracts import Branch as ABranch
 from nextscale.contracts import Conditioner, LayerCache, Opaque
 from nextscale.model.attention import KVCache, Projection, by_products, trains_in_half_on_cpu
 from nextscale.model.block import Branch, FeedForward, modulation
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.modules import as_module, module_list
+from nextscale.modules import as_module, module_list, replaced
 from nextscale.schedule import Span
 
 
@@ -197,6 +198,10 @@ class TextBlock(nn.Module):
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         first, last = parts.unflatten(1, (3, 2)).unbind(2)
         return first, self.branches[1].prepare(condition), last
+
+    def with_branches(self, branches: Iterable[ABranch]) -> TextBlock:
+        """A block that shares all weights with this one but has these branches."""
+        return replaced(self, branches=module_list(branches))
 
     def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
         """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""

@@ -14,6 +14,7 @@ ratio belongs to a place in the schedule counted from its end, not to a side in 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Block, Branch, LayerCache, Opaque
-from nextscale.modules import as_module, module_list, replaced
-from nextscale.sampling.loop import stepper_of
+from nextscale.modules import as_module
+from nextscale.sampling.loop import Options, StepperWrapper, stepper_of
+from nextscale.sampling.state import State
 from nextscale.schedule import Schedule, Span
 from nextscale.settings import Settings
-from nextscale.system import System
+from nextscale.system import Labels, System
 
 APPLIES_TO = "any system that samples scale by scale"
 
@@ -57,6 +59,14 @@ class Config(Settings):
         place = k - (len(schedule) - len(self.ratios))
         return self.ratios[place] if place >= 0 else 0.0
 
+    def check(self, schedule: Schedule) -> None:
+        """Raise ValueError for a schedule of which no scale would be dense."""
+        scales = len(schedule)
+        if len(self.ratios) >= scales and any(self.ratios):
+            raise ValueError(
+                f"{len(self.ratios)} ratios leave none of {scales} scales dense; give fewer ratios, or a longer schedule"
+            )
+
 
 def tiny() -> Config:
     """Half of the tokens of the last scale."""
@@ -80,9 +90,8 @@ def apply(system: System, config: Config = Config()) -> System:
     if any(change.recipe == "fastvar" for change in system.changes):
         raise ValueError("this system is pruned already; give all ratios at once, to the system before (`system.base`)")
     model = system.need_model()
-    depth, scales = len(model.blocks), len(system.schedule)
-    if len(config.ratios) >= scales and any(config.ratios):
-        raise ValueError(f"{len(config.ratios)} ratios leave none of {scales} scales dense; give fewer ratios")
+    depth = len(model.blocks)
+    config.check(system.schedule)
     if config.dense_first + config.dense_last >= depth:
         raise ValueError(
             f"dense_first={config.dense_first} and dense_last={config.dense_last} leave none of {depth} blocks to prune"
@@ -92,11 +101,22 @@ def apply(system: System, config: Config = Config()) -> System:
         for i, block in enumerate(model.blocks)
     ]
     stepper = stepper_of(system).skipping(sum(ratio == 1 for ratio in config.ratios))
-    return system.changed("fastvar", config, model=model.with_blocks(blocks), stepper=stepper)
+    return system.changed("fastvar", config, model=model.with_blocks(blocks), stepper=Pruned(stepper, config))
 
 
 def _pruned(block: Block, config: Config) -> Block:
-    return replaced(block, branches=module_list(PrunedBranch(b, i, config) for i, b in enumerate(block.branches)))
+    return block.with_branches(PrunedBranch(branch, i, config) for i, branch in enumerate(block.branches))
+
+
+@dataclass(frozen=True)
+class Pruned(StepperWrapper):
+    """The steps of another stepper, over schedules that can be pruned: the caller may bring another one than the system's."""
+
+    config: Config
+
+    def start(self, system: System, told: Labels, options: Options) -> State:
+        self.config.check(options.schedule or system.schedule)
+        return self.inner.start(system, told, options)
 
 
 class PrunedBranch(nn.Module):
@@ -116,15 +136,21 @@ class PrunedBranch(nn.Module):
         """As the branch itself: h [B, l, D] to what is added to it, [B, l, D]."""
         if cache is None:  # teacher forcing: all scales at once
             return self.branch(h, prepared, span, cache)
-        k, schedule = span.first, span.schedule
-        ratio = self.config.at(schedule, k)
-        if ratio == 0:
+        schedule = span.schedule
+        ratios = [self.config.at(schedule, k) for k in range(span.first, span.stop)]
+        if not any(ratios):
             update = self.branch(h, prepared, span, cache)
-            if k + 1 < len(schedule) and self.config.at(schedule, k + 1) > 0:
-                cache.outputs[self.place] = update.mT.unflatten(-1, span.sizes[0])  # [B, D, h, w]
+            if span.stop < len(schedule) and self.config.at(schedule, span.stop) > 0:
+                last = update[:, -span.lengths[-1] :]  # before it come coarser scales at hand, and a prefix
+                cache.outputs[self.place] = last.mT.unflatten(-1, span.sizes[-1])  # [B, D, h, w]
             return update
-        kept = h.shape[1] - int(h.shape[1] * ratio)
-        index = pivotal(h, kept) if self.config.select == "pivotal" else _random(h, kept, k)  # [B, kept]
+        if len(span) > 1 or self.place not in cache.outputs:
+            raise ValueError(
+                f"fastvar prunes a scale with the help of the dense one before it, got a step over scales {span.first} to "
+                f"{span.stop - 1}, before which none was kept; use it with a system that samples scale by scale"
+            )
+        kept = h.shape[1] - int(h.shape[1] * ratios[0])
+        index = pivotal(h, kept) if self.config.select == "pivotal" else _random(h, kept, span.first)  # [B, kept]
         rows = index.unsqueeze(-1).expand(-1, -1, h.shape[-1])
         update = self.branch(h.gather(1, rows), prepared, span.keeping(index), cache)
         filled = F.interpolate(cache.outputs[self.place], size=span.sizes[0], mode="area").flatten(2).mT
@@ -140,5 +166,6 @@ def pivotal(h: Tensor, kept: int) -> Tensor:
 
 
 def _random(h: Tensor, kept: int, k: int) -> Tensor:
-    noise = torch.rand(h.shape[:2], generator=torch.Generator().manual_seed(k))
-    return noise.argsort(dim=1)[:, :kept].to(h.device)
+    """The same tokens in every row, so that an image does not depend on its batch."""
+    noise = torch.rand(h.shape[1], generator=torch.Generator().manual_seed(k))
+    return noise.argsort()[:kept].expand(len(h), -1).to(h.device)
