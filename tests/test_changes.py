@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import small
+from test_contracts import PrefixCondition, built, probe_model, probe_system
 
 import nextscale as ns
+from nextscale.condition import Condition
+from nextscale.model.text_encoders import HashWords
+from nextscale.readers import ClassReader, TensorReader
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
 from nextscale.recipes.guidance import inside, negative
@@ -126,6 +130,86 @@ def test_weights_are_shared(classes):
         weight.mul_(1.5)
         assert not torch.equal(draw(changed, [0, 1]), before)
         weight.copy_(kept)
+
+
+# ---- negative prompts ------------------------------------------------------------------------------------------------
+
+
+class Several(PrefixCondition):
+    """A text before the image; a map and a class beside it, each a part with a null of its own."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(channels, dim)
+        self.depth, self.label = torch.nn.Linear(16, dim), torch.nn.Embedding(4, dim)
+
+    def forward(self, told):
+        words, depth = super().forward(told), told["depth"]
+        mapped = self.depth(depth.values.flatten(1)) * ~depth.null.view(-1, 1)
+        return words.replace(depth=mapped, label=self.label(told["label"]))
+
+    def null(self, condition):
+        nothing = self.label.weight[3].expand(len(condition), -1)
+        return super().null(condition).replace(depth=torch.zeros_like(condition["depth"]), label=nothing)
+
+
+def several(field: str = "caption") -> System:
+    """A system that is told all three; the items' `field` is the text."""
+    words = HashWords(8, 6)
+    words.field = field
+
+    def composed(condition: Condition) -> Condition:
+        vec = condition.vec + condition["depth"] + condition["label"]
+        return condition.replace(vec=vec, start=vec.unsqueeze(1), depth=None, label=None)
+
+    def make() -> System:
+        readers = {"caption": words, "depth": TensorReader("depth", (1, 4, 4)), "label": ClassReader((), 3)}
+        return probe_system(model=probe_model(conditioner=Several(8, 16), compose=composed), readers=readers)
+
+    return built(make)
+
+
+@pytest.mark.parametrize("field", ["caption", "prompt"])
+def test_a_negative_prompt_leaves_the_nulls_of_all_else(field):
+    system = several(field)
+    told = {"caption": ["red apple", None], "depth": [torch.ones(1, 4, 4), None], "label": [1, 2]}
+    changed = negative.with_negative(system, "the flag of a far away land")
+    condition = changed.condition(told)
+    null, plain = changed.model.conditioner.null(condition), system.model.conditioner.null(condition)
+    other = system.condition({"caption": ["the flag of a far away land"] * 2})
+    assert torch.equal(null["prefix"], other["prefix"]) and not torch.equal(null["prefix"], plain["prefix"])
+    assert torch.equal(null.masks["prefix"], other.masks["prefix"])
+    for name in ("depth", "label", "vec", "start"):
+        assert torch.equal(null[name], plain[name]), name
+    seen = []
+    record = lambda logits, generators: (seen.append(logits), ns.greedy(logits, generators))[1]  # noqa: E731
+    for guided in (system, changed):
+        ns.sample(guided, told, pick=record)
+    assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[2], seen[5])  # the guidance is a ramp
+    images = ns.sample(changed, told, seed=[4, 5])
+    for i in range(2):  # law 5
+        alone = {name: values[i : i + 1] for name, values in told.items()}
+        torch.testing.assert_close(ns.sample(changed, alone, seed=4 + i), images[i : i + 1], atol=1e-4, rtol=0)
+
+
+def test_negative_prompts_are_one_or_one_for_each_image(plain):
+    each = negative.with_negative(plain, ["blurred, ugly", "", "dark"])
+    images = draw(each)
+    for prompts in (["a", "b"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match=f"one negative prompt, or one for each of 3 images, got {len(prompts)}"):
+            draw(negative.with_negative(plain, prompts))
+    with pytest.raises(ValueError, match="one for each of 1 images, got 3"):
+        draw(each, ["a red apple"])
+    for i, prompt in enumerate(("blurred, ugly", "", "dark")):
+        one = ns.sample(negative.with_negative(plain, prompt), TOLD[i : i + 1], seed=3 + i, guidance=ns.cfg(3.0))
+        torch.testing.assert_close(one, images[i : i + 1], atol=1e-4, rtol=0)
+    assert torch.equal(draw(negative.with_negative(plain, "")), draw(plain))  # no text
+
+
+def test_who_is_told_no_texts_has_no_use_for_a_negative_prompt(classes):
+    maps = {"depth": TensorReader("depth", (1, 4, 4))}
+    for system in (classes, built(lambda: probe_system(readers=maps))):
+        with pytest.raises(ValueError, match="no use for a negative prompt"):
+            negative.with_negative(system, "dark")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,11 +41,6 @@ class Text:
 
     def to(self, device: torch.device | str) -> Text:
         return Text(self.features.to(device), self.mask.to(device), self.null.to(device))
-
-    def padded(self, length: int) -> Text:
-        """At least `length` tokens wide."""
-        more = max(0, length - self.mask.shape[1])
-        return replace(self, features=F.pad(self.features, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
 
 class TextCondition(nn.Module):
@@ -238,24 +233,45 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class NegativeText(nn.Module):
-    """A text condition whose null is another text: the negative prompt (of each row, or one for all).
+    """A conditioner whose null says another text: the negative prompt (of each row, or one for all). What is said beside the
+    text keeps its own null.
 
-    `name`: what the texts' reader is called.
+    `told`: what the readers made of the negative prompts and of nothing else, by their names.
     """
 
-    def __init__(self, conditioner: Conditioner, negative: Text, name: str = "caption") -> None:
+    def __init__(self, conditioner: Conditioner, told: Mapping[str, Any]) -> None:
         super().__init__()
         self.conditioner: Conditioner
         self.register_module("conditioner", as_module(conditioner))
-        self.negative, self.name = negative, name
+        self.told = dict(told)
 
     def forward(self, told: Mapping[str, Any]) -> Condition:
-        return self.conditioner({**told, self.name: told[self.name].padded(self.negative.mask.shape[1])})
+        condition = self.conditioner(told)
+        return _padded(condition, self._negative(condition.device))
 
     def null(self, condition: Condition) -> Condition:
-        mask = condition.context_mask
-        assert mask is not None
-        negative: Condition = self.conditioner({self.name: self.negative.padded(mask.shape[1]).to(mask.device)})
-        if len(negative) == len(condition):
-            return negative
-        return negative.select(torch.zeros(len(condition), dtype=torch.long, device=mask.device))
+        negative = self._negative(condition.device)
+        if len(negative) not in (1, len(condition)):
+            raise ValueError(
+                f"expected one negative prompt, or one for each of {len(condition)} images, got {len(negative)}"
+            )
+        # The text's are those parts in which it differs from no text; an empty one has none.
+        silent = self.conditioner.null(negative).parts()
+        says = {name: (part != silent[name]).flatten(1).any(dim=1) for name, part in negative.parts().items()}
+        row = torch.arange(len(condition), device=condition.device) % len(negative)
+        return self.conditioner.null(condition).mix(
+            _padded(negative, condition).select(row), {name: rows[row] for name, rows in says.items() if rows.any()}
+        )
+
+    def _negative(self, device: torch.device) -> Condition:
+        return self.conditioner({name: values.to(device) for name, values in self.told.items()})
+
+
+def _padded(condition: Condition, other: Condition) -> Condition:
+    """A condition whose masked parts [B, T, ...] are at least as long as those of another one."""
+    parts, masks = {}, {}
+    for name, mask in condition.masks.items():
+        more = max(0, other.masks[name].shape[1] - mask.shape[1])
+        parts[name] = F.pad(condition[name], (0, 0) * (condition[name].ndim - 2) + (0, more))
+        masks[name] = F.pad(mask, (0, more))
+    return condition.replace(masks, **parts)

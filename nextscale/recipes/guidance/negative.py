@@ -35,15 +35,17 @@ def tiny() -> Config:
 def apply(system: System, config: Config = Config()) -> System:
     """A system whose guidance leads away from the prompts; it shares all weights with `system`, which stays as it is.
 
-    Raises ValueError for a system that is told no texts.
+    Of several texts that it is told, the first is meant. Raises ValueError for a system that is told no texts.
     """
     model = system.need_model()
-    name = next((name for name, reader in system.readers.items() if reader.field == "caption"), None)
-    if name is None:
+    texts = [name for name, reader in system.readers.items() if reader.shape is None and not reader.choices]
+    if not texts:
         raise ValueError("this system is told classes, not texts, so it has no use for a negative prompt")
-    negative = system.readers[name](config.prompts).to(system.device)
-    conditioner = NegativeText(model.conditioner, negative, name)
-    return system.changed("negative", config, model=replaced(model, conditioner=conditioner))
+    told = {name: system.readers[name](said) for name, said in system.told({texts[0]: config.prompts}).items()}
+    before = model.conditioner
+    if isinstance(before, NegativeText):  # the last prompts count
+        before = before.conditioner
+    return system.changed("negative", config, model=replaced(model, conditioner=NegativeText(before, told)))
 
 
 def with_negative(system: System, prompts: str | Sequence[str]) -> System:
