@@ -50,9 +50,12 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     what the changes were.
 
     `dtype` (torch.float16) stores floating weights in that type; they are float32 again once loaded.
+
+    Raises ValueError for a changed system that got another tokenizer or model since: those before the changes are not its own.
     """
     folder = Path(folder)
     saved = saved_parts(system.base)
+    _check_changed(system, saved)
     digests = {}
     for name, module in saved.items():
         path = folder / f"{name}.safetensors"
@@ -131,6 +134,22 @@ def saved_parts(system: System) -> dict[str, nn.Module]:
     parts = {"tokenizer": system.tokenizer, "model": system.model}
     own = {name: as_module(part) for name, part in parts.items() if part is not None}
     return own | {name: module for name, module in system.parts.items() if system.roles[name] != "external"}
+
+
+def _check_changed(system: System, saved: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a part is not that of the system before its changes. Methods may leave out weights, or make some that
+    applying them again will make; a part with others, and without those that it should have, was put there since."""
+    own = saved_parts(system)
+    for name in sorted(own.keys() | saved.keys()):
+        mine, base = (
+            {id(t) for t in _state(parts[name]).values()} if name in parts else None for parts in (own, saved)
+        )
+        if mine is None or base is None or (mine - base and base - mine):
+            methods = " and ".join(change.recipe for change in system.changes)
+            raise ValueError(
+                f"the {name} of this system is not the one that {methods} changed, whose weights would be saved; save "
+                "`system.base` with the parts that it should have, or apply the methods to that"
+            )
 
 
 def _settings(kind: type[Settings], values: dict[str, Any], folder: Path, what: str) -> Any:

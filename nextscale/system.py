@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class Part:
     module: nn.Module
     role: Role = "frozen"
 
+    def __post_init__(self) -> None:
+        as_module(self.module)
+        if self.role not in get_args(Role):
+            raise ValueError(f"the role of a part is one of {', '.join(get_args(Role))}, got {self.role!r}")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -68,6 +74,8 @@ class System(nn.Module):
         output: what its decoder makes; None: images.
         stepper: its own loop; None: scale by scale.
         parts: further networks by name. They follow `.to(...)` like all others.
+
+    Raises ValueError for names of parts that two have, or that no file can have.
     """
 
     def __init__(
@@ -101,8 +109,10 @@ class System(nn.Module):
         self.readers = dict(readers)
         self.output: Output = output or Images(self.tokenizer.channels)
         self.stepper = stepper
-        self.parts = nn.ModuleDict({name: part.module for name, part in (parts or {}).items()})
-        self.roles: dict[str, Role] = {name: part.role for name, part in (parts or {}).items()}
+        parts = parts or {}
+        _check_names(parts)
+        self.parts = nn.ModuleDict({name: part.module for name, part in parts.items()})
+        self.roles: dict[str, Role] = {name: part.role for name, part in parts.items()}
         for name, role in self.roles.items():
             if role != "trained":
                 self.parts[name].requires_grad_(False)
@@ -203,6 +213,18 @@ class System(nn.Module):
         """Raise ValueError if a reader cannot read what it is told."""
         for name, values in self.told(labels).items():
             self.readers[name].check(values)
+
+
+def _check_names(parts: Mapping[str, Part]) -> None:
+    """A part's name is that of its file, also where files do not tell capitals apart, and of its place in a `ModuleDict`."""
+    taken, methods = {"tokenizer", "model"}, nn.ModuleDict()
+    for name in parts:
+        if not re.fullmatch(r"\w+", name) or hasattr(methods, name) or name.lower() in taken:
+            raise ValueError(
+                f"a part needs a name of its own of letters, digits and underscores (not tokenizer, model, or a method of "
+                f"ModuleDict), since its weights are saved as NAME.safetensors, got {name!r}"
+            )
+        taken.add(name.lower())
 
 
 def _listed(values: Any) -> Any:

@@ -13,12 +13,13 @@ from test_contracts import PrefixCondition, built, probe_model, probe_system
 import nextscale as ns
 from nextscale.condition import Condition
 from nextscale.model.text_encoders import HashWords
+from nextscale.modules import replaced
 from nextscale.readers import ClassReader, TensorReader
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
 from nextscale.recipes.guidance import inside, negative
 from nextscale.sampling.loop import stepper_of
-from nextscale.system import System
+from nextscale.system import Part, System
 
 TOLD = ["a red apple", "a cat", None]
 METHODS: dict[str, Callable[[System], System]] = {
@@ -210,6 +211,53 @@ def test_who_is_told_no_texts_has_no_use_for_a_negative_prompt(classes):
     for system in (classes, built(lambda: probe_system(readers=maps))):
         with pytest.raises(ValueError, match="no use for a negative prompt"):
             negative.with_negative(system, "dark")
+
+
+# ---- what is saved -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pruned", "inside"])
+def test_parts_that_were_exchanged_after_a_change_are_not_saved_as_if_they_were_not(classes, tmp_path, name):
+    other = var.build(small(), seed=2)
+    systems = {}
+    for part in ("tokenizer", "model"):
+        systems[part] = METHODS[name](classes)
+        setattr(systems[part], part, getattr(other, part))
+    without = METHODS[name](classes)
+    without.model = None
+    base = METHODS[name](copied := classes.with_model(classes.model))  # here the system before gets another one
+    copied.tokenizer = other.tokenizer
+    head = METHODS["pruned"](classes)
+    head.model.head = other.model.head
+    given = METHODS[name](classes).with_model(other.model)
+    for part, system in (*systems.items(), ("model", without), ("tokenizer", base), ("model", head), ("model", given)):
+        with pytest.raises(ValueError, match=f"the {part} of this system is not the one that .* changed"):
+            ns.save(system, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    right = METHODS[name](copied)
+    assert torch.equal(draw(ns.load(ns.save(right, tmp_path / "s")), [0, 1]), draw(right, [0, 1]))
+
+
+def test_methods_may_leave_out_weights_or_bring_some(classes, tmp_path):
+    shorter = classes.changed("inside", inside.Config(), model=classes.model.with_blocks(classes.model.blocks[:1]))
+    wider = classes.changed("inside", inside.Config(), model=replaced(classes.model, more=torch.nn.Linear(2, 2)))
+    for system in (shorter, wider, METHODS["pruned"](classes).half_(torch.float32).to("cpu")):
+        ns.save(system, tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "Model", "my-teacher", "a.b", "", "../up", "items"])
+def test_names_of_parts_that_make_no_file_of_their_own(name):
+    with pytest.raises(ValueError, match="a part needs a name of its own"):
+        probe_system(parts={name: Part(torch.nn.Linear(2, 2))})
+    with pytest.raises(ValueError, match="'Teacher'"):
+        probe_system(parts={"teacher": Part(torch.nn.Linear(2, 2)), "Teacher": Part(torch.nn.Linear(2, 2))})
+
+
+def test_parts_are_modules_with_a_role():
+    with pytest.raises(ValueError, match="one of trained, frozen, external, got 'froze"):
+        Part(torch.nn.Linear(2, 2), "frozens")
+    with pytest.raises(ValueError, match="expected a torch module"):
+        Part(len)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

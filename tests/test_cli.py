@@ -494,6 +494,22 @@ def test_train_then_train_on_it(nextscale, tmp_path):
     assert nextscale("curves", "t", "g").code == 0
 
 
+def test_a_tokenizer_goes_on_from_a_changed_system(nextscale, tmp_path):
+    """What comes of it is a tokenizer alone: the generator that the methods changed knows other tokens."""
+    for i in range(4):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (30 * i, 20, 200)).save(tmp_path / "data" / f"{i}.png")
+    before = ns.save(var.build(var.tiny(num_classes=3)), tmp_path / "plain")
+    assert nextscale("save", before, *FAST, *INSIDE, "--to", "changed").code == 0
+    words = ["--init-from", "changed", "--data", "data", "--steps", 1, "--batch-size", 2, "--augmentation.hue", 0]
+    result = nextscale("train", "tokenizer", "--out", "t", *words, "--preset", "tiny")
+    assert result.code == 0, result.err
+    after = ns.load("t/system")
+    assert after.model is None and not after.changes and not Path("t/system/model.safetensors").exists()
+    weight = after.tokenizer.last_weight
+    assert not torch.equal(weight, ns.load(before).tokenizer.last_weight)
+
+
 @pytest.mark.parametrize(
     ("channels", "multipliers", "stride"), [(1, (1, 1, 1), 4), (4, (1, 1, 1, 1), 8), (3, (1,) * 5, 16)]
 )

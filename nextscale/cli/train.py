@@ -100,7 +100,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             files = ("lpips_vgg", "lpips_linear", "dino_weights")
             loss = LOSSES[losses].model_copy(update={name: getattr(loss, name) for name in files})
         if init_from:
-            built = trained(init_from, recipe)
+            built = trained(init_from, recipe).base  # methods change the generator
             built.model = None
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
