@@ -16,6 +16,7 @@ from nextscale.published import convert, flexvar_layout, infinity_layout
 from nextscale.published.arguments import Argument, Constructor, fixed, settings_of
 from nextscale.published.weight_files import INDICES, SAFE_INDEX, read_shards, write_shards
 from nextscale.recipes.generators import flexvar, infinity
+from nextscale.settings import Settings
 from nextscale.system_settings import SystemSettings
 
 RECIPES = [ns.find_recipe(name) for name in ("flexvar", "infinity", "var")]
@@ -120,6 +121,8 @@ def test_tables_lead_back(recipe, name):
 def test_a_row_says_default_setting_way_back_and_refusal():
     class Config(SystemSettings):
         sizes: tuple[int, ...] = (1, 2)
+        transformer: Settings = Settings()
+        sampling: Settings = Settings()
 
     one = Constructor("official One", (Argument("pn", (1, 2), "sizes", ours=lambda n, _: n), fixed("moe", False)))
     two = Constructor("official Two", (Argument("patch_nums", (1, 2), "sizes"),))
@@ -205,6 +208,29 @@ def test_own_systems_of_official_shape_are_written(tmp_path, name):
     assert same_bits(again.state_dict(), system.state_dict())
     with pytest.raises(ValueError, match="only systems of the recipes flexvar, infinity, var have an official layout"):
         convert._layout("fastvar")
+
+
+@pytest.mark.parametrize("method", ["fastvar", "inside"])
+@pytest.mark.parametrize("name", TINY)
+def test_what_methods_changed_has_no_official_form(tmp_path, capsys, name, method):
+    recipe, changing = recipe_of(name), ns.find_recipe(method)
+    changed = changing.apply(recipe.build(TINY[name].config(), seed=3), changing.tiny())
+    folder, official = ns.save(changed, tmp_path / "changed"), tmp_path / "official"
+    assert cli.main(["convert", str(folder), "--to-official", str(official)]) == 2
+    assert f"the official code does not know {method}" in capsys.readouterr().err and not official.exists()
+    with pytest.raises(ValueError, match=f"does not know {method}; take the system before it"):
+        recipe.to_official(changed)
+    assert len(recipe.to_official(changed.base)) == 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_systems_of_half_precision_become_float32(name):
+    recipe = recipe_of(name)
+    system = recipe.build(TINY[name].config(), seed=3)
+    dtypes = [{name: tensor.dtype for name, tensor in state.items()} for state in recipe.to_official(system)]
+    states = recipe.to_official(system.half_(torch.bfloat16))
+    assert [{name: tensor.dtype for name, tensor in state.items()} for state in states] == dtypes
+    assert torch.bfloat16 not in {dtype for state in dtypes for dtype in state.values()}
 
 
 def test_training_checkpoints(tmp_path):

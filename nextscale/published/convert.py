@@ -118,7 +118,7 @@ def export_official(system: str | os.PathLike[str], target: str | os.PathLike[st
 
     Returns their paths: the published names for a system that was converted, else names that say its shape. What was
     converted from official files comes back to the bit. Raises ValueError for a system that the official classes cannot
-    express.
+    express, or that methods changed.
     """
     folder, target = find_folder(system), Path(target)
     loaded = load(folder)

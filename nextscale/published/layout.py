@@ -81,21 +81,24 @@ class Layout:
 def to_states(
     layout: Layout, system: System, kept: Mapping[str, Tensor] | None = None, given: Arguments | None = None
 ) -> tuple[State, State]:
-    """Official state dicts that hold a system: names, shapes and order; weights are shared.
+    """Official state dicts that hold a system: names, shapes and order, in float32; weights that are so are shared.
 
     Args:
         kept: contents of entries of `layout.unread`; default: what a new official model has.
         given: arguments of the generator's class that no setting says.
 
-    Raises ValueError for a system that the official classes cannot express.
+    Raises ValueError for a system that the official classes cannot express, or that methods changed.
     """
+    if system.changes:
+        methods = " and ".join(change.recipe for change in system.changes)
+        raise ValueError(f"the official code does not know {methods}; take the system before it, `system.base`")
     model_args = layout.model_arguments(system.config, given)
     keys, derived = layout.keys(system, model_args), layout.derived(system, model_args)
     states = []
     for module, rename, extra, sort in zip(
         (system.tokenizer, system.need_model()), keys, derived, layout.sort, strict=True
     ):
-        state = renamed(as_module(module), rename) | extra
+        state = {name: _as_float32(tensor) for name, tensor in (renamed(as_module(module), rename) | extra).items()}
         state |= {name: tensor for name, tensor in (kept or {}).items() if name in state and name in layout.unread}
         states.append(ordered(state) if sort else state)
     return states[0], states[1]
@@ -130,6 +133,10 @@ def from_states(
     fill(as_module(system.tokenizer), vae_state, expected[0], keys[0], sources[0], complete, layout.unread)
     fill(as_module(system.model), layout.usual(model_state), expected[1], keys[1], sources[1], complete, layout.unread)
     return system.eval()
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def with_own_weights(system: System) -> System:
