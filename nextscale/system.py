@@ -169,6 +169,11 @@ class System(nn.Module):
         return h * self.tokenizer.stride, w * self.tokenizer.stride
 
     @property
+    def texts(self) -> list[str]:
+        """The names of those readers that read texts: what they are told has no shape, and is no choice out of a list."""
+        return [name for name, reader in self.readers.items() if reader.shape is None and not reader.choices]
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

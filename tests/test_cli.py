@@ -18,7 +18,7 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.cli import about, draw
 from nextscale.cli.options import Picking
-from nextscale.recipes.generators import var
+from nextscale.recipes.generators import infinity, var
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,15 @@ def test_prompts_draw_with_systems_that_read_them(nextscale, system, tmp_path, r
     assert "told what to draw by --prompt, not by --labels" in refused(*words, "--labels", "cat")
     assert "told what to draw by --labels, not by --prompt" in refused("sample", "--system", system, "--prompt", "cat")
     assert "the recipe infinity has 2b-script" in refused(*words, "--prompt", "a", "--preset", "paper-256")
+
+
+def test_prompts_are_for_readers_of_texts_whatever_their_field(system):
+    reads, told = infinity.build(infinity.tiny()), ns.load(system)
+    reads.readers["caption"].field = "prompt"
+    assert (reads.texts, told.texts) == (["caption"], [])
+    assert draw.read_labels(reads, "", ["a cat"]) == ["a cat"]
+    with pytest.raises(ValueError, match="told what to draw by --labels"):
+        draw.read_labels(told, "", ["a cat"])
 
 
 def test_a_class_may_be_called_like_a_number(system):
@@ -378,6 +387,16 @@ def test_evaluate_judges_a_changed_system(nextscale, system, monkeypatch):
     monkeypatch.setattr("nextscale.evaluation.report.evaluate", lambda loaded, *_, **__: judged.append(loaded))
     assert nextscale("evaluate", system, *FAST, "--out", "e").code == 0
     assert [change.recipe for change in judged[0].changes] == ["fastvar"]
+    assert judged[0].model.embed_input.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_evaluate_judges_in_half_precision_as_others_draw(nextscale, system, monkeypatch, dtype):
+    judged = []
+    monkeypatch.setattr("nextscale.evaluation.report.evaluate", lambda loaded, *_, **__: judged.append(loaded))
+    assert nextscale("evaluate", system, "--dtype", dtype, "--out", "e").code == 0
+    model = judged[0].model
+    assert (model.embed_input.weight.dtype, model.head.linear.weight.dtype) == (getattr(torch, dtype), torch.float32)
 
 
 def test_a_changed_system_is_saved_used_by_name_and_changed_again(nextscale, refused, system, pictures):
@@ -390,6 +409,19 @@ def test_a_changed_system_is_saved_used_by_name_and_changed_again(nextscale, ref
     assert "fastvar: ratios [0.25, 1.0]" in " ".join(nextscale("info", "fast").out)
     assert "pruned already" in refused("sample", "--system", "fast", *FAST)
     assert "needs --to" in refused("save", system, *FAST)
+
+
+def test_what_is_saved_again_keeps_its_model_card(nextscale, system):
+    """It says the licence of the weights, and what was done to them since."""
+    card = (ns.shipped()["emoji-64"] / "README.md").read_text()
+    assert nextscale("save", "emoji-64", "--to", "copy").code == 0
+    assert Path("copy/README.md").read_text() == card and "license: cc-by-sa-4.0" in card
+    assert nextscale("save", "copy", *FAST, *INSIDE, "--to", "fast").code == 0
+    changed = Path("fast/README.md").read_text()
+    assert changed.startswith(card) and "copy, with its weights, was changed by these methods" in changed
+    assert "* fastvar: ratios [0.25, 1.0], dense_first 0" in changed and "* inside: block -2" in changed
+    assert str(Path("fast/README.md")) in " ".join(nextscale("info", "fast").out)
+    assert nextscale("save", system, "--to", "none").code == 0 and not Path("none/README.md").exists()
 
 
 def test_texts_of_a_method_may_hold_commas(nextscale, tmp_path):

@@ -95,7 +95,7 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
         yield "model", f"{_millions(system.model)} parameters"
         yield "sampling", system.sampling.words()
         for said, reader in system.readers.items():
-            if reader.field == "caption":
+            if said in system.texts:
                 yield "told by", f"prompts ({type(reader).__name__}): nextscale sample --system {name} --prompt TEXT"
             elif count := len(reader.choices):
                 names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"

@@ -164,8 +164,8 @@ def reconstruct(
 def read_labels(system: System, text: str, prompt: Sequence[str] = (), *, most: int = 8) -> list[Label]:
     """What the user wrote as labels or prompts that the system takes; nothing means the first `most` classes."""
     system.need_model()
-    reader = next(iter(system.readers.values()))
-    reads_texts = reader.field == "caption"
+    name, reader = next(iter(system.readers.items()))
+    reads_texts = name in system.texts
     if reads_texts != bool(prompt) or (prompt and text.strip()):
         takes, other = ("--prompt", "--labels") if reads_texts else ("--labels", "--prompt")
         raise ValueError(f"this system is told what to draw by {takes}, not by {other}; `nextscale list` names others")

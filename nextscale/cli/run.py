@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -84,6 +85,7 @@ def evaluate(
     samples: int = 256,
     seed: int = 0,
     device: str = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     methods: Methods = (),
 ) -> None:
     """Judge a system on held-out images: reconstruction, likelihood, samples and how new they are.
@@ -99,6 +101,7 @@ def evaluate(
         samples: images to generate
         seed: seed of the first image, and of the choice of labels
         device: cpu, cuda, cuda:1
+        dtype: of weights and activations; what decides tokens stays float32
     """
     from nextscale.evaluation.report import evaluate
 
@@ -107,7 +110,7 @@ def evaluate(
     check_seed(seed)
     check_writable(out / "report.json")
     check_device(device)
-    loaded = load_changed(system, device, methods)
+    loaded = load_changed(system, device, methods, dtype)
     height, width = loaded.image_size
     if data != "openmoji":
         images: Any = ns.image_folder(data, (height, width), validation=0.1)
@@ -130,16 +133,39 @@ def save(
 
     Then: nextscale sample --system systems/fast
 
-    The weights are those of SYSTEM; what was changed stands in config.json. The last line is the folder.
+    The weights are those of SYSTEM, and so is the model card, which says their licence; what was changed stands in config.json
+    and at the end of the card. The last line is the folder.
 
     Args:
         system: shipped name, folder, or hub name
         to: folder to write to
     """
+    from nextscale.checkpoint import find_folder
+    from nextscale.files import atomic_write
+
     if to is None:
         raise ValueError("save needs --to: the folder to write to")
     check_writable(to / "config.json")
-    print(ns.save(load_changed(system, "cpu", methods), to))
+    loaded, card = load_changed(system, "cpu", methods), find_folder(system) / "README.md"
+    if card.is_file():
+        with atomic_write(to / "README.md") as path:
+            path.write_text(card.read_text(encoding="utf-8") + _changes_in_words(system, methods), encoding="utf-8")
+    print(ns.save(loaded, to))
+
+
+def _changes_in_words(system: str, methods: Sequence[str]) -> str:
+    """What a model card says of methods that changed a system since."""
+    from nextscale.checkpoint import ChangeConfig
+
+    changes = [ChangeConfig.model_validate_json(word) for word in methods]
+    lines = [
+        f"* {change.recipe}: {', '.join(f'{name} {value}' for name, value in change.config.items())}\n"
+        for change in changes
+    ]
+    name = Path(system).name
+    return (
+        f"\n## Changes\n\n{name}, with its weights, was changed by these methods:\n\n{''.join(lines)}" if lines else ""
+    )
 
 
 def convert(

@@ -38,10 +38,9 @@ def apply(system: System, config: Config = Config()) -> System:
     Of several texts that it is told, the first is meant. Raises ValueError for a system that is told no texts.
     """
     model = system.need_model()
-    texts = [name for name, reader in system.readers.items() if reader.shape is None and not reader.choices]
-    if not texts:
+    if not system.texts:
         raise ValueError("this system is told classes, not texts, so it has no use for a negative prompt")
-    told = {name: system.readers[name](said) for name, said in system.told({texts[0]: config.prompts}).items()}
+    told = {name: system.readers[name](said) for name, said in system.told({system.texts[0]: config.prompts}).items()}
     before = model.conditioner
     if isinstance(before, NegativeText):  # the last prompts count
         before = before.conditioner
