@@ -210,7 +210,9 @@ class System(nn.Module):
 def _listed(values: Any, shape: tuple[int, ...] | None) -> Any:
     """A list with one entry a row, or a value alone, which has the reader's `shape`. Of readers that have none, tensors and
     arrays become numbers."""
-    if values is None or isinstance(values, str | int | float):
+    if getattr(values, "ndim", None) == 0:
+        return values.tolist()
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
         return values
     if shape is not None and _dimensions(values) == len(shape):
         return tuple(values) if isinstance(values, list) else values

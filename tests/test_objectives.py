@@ -270,7 +270,8 @@ def test_what_is_recorded_of_objectives_is_the_same_each_time():
     assert recorded_objective(Weighed())["settings"] == {"beta": 1.0}
     kind = "nextscale.training.objective.TeacherForcing"
     assert recorded_objective(TeacherForcing()) == {"kind": kind, "settings": {}}
-    assert recorded({"sizes": (1, 2), "none": None}) == {"sizes": [1, 2], "none": None}
+    value = {"sizes": (1, 2), "none": None, "names": {"b", "a"}}
+    assert recorded(value) == {"sizes": [1, 2], "none": None, "names": ["a", "b"]}
 
 
 @pytest.mark.parametrize("objective", [None, Own(beta=2.0), Preference()])

@@ -161,6 +161,12 @@ def test_a_tensor_alone_is_for_all_rows_too():
     assert ns.sample(system, {"label": [0, 1, 2], "map": one}).shape == (3, 3, 32, 32)
     with pytest.raises(ValueError, match=r"got 3 \(label\) and 2 \(map\)"):
         system.told({"label": [0, 1, 2], "map": [one, one]})
+    for wrong in (torch.tensor(1.0), 1.0, object(), "word"):
+        with pytest.raises(ValueError, match="map: expected"):
+            system.check_told({"label": "cat", "map": wrong})
+    with pytest.raises(ValueError, match="a class is told by its name"):
+        system.check_told(object())
+    assert system.told(np.array("cat"))["label"] == ["cat"]
     number = TensorReader("speed", (2,))
     system.readers["speed"] = number
     assert system.told({"label": [0, 1, 2], "speed": [0.1, 0.2]})["speed"] == [(0.1, 0.2)] * 3

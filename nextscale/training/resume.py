@@ -58,6 +58,8 @@ def recorded(value: Any) -> Any:
         return {str(name): recorded(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [recorded(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((recorded(part) for part in value), key=repr)
     if is_dataclass(value):
         return {each.name: recorded(getattr(value, each.name)) for each in fields(value)}
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an address is another one each time
