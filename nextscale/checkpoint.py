@@ -137,14 +137,17 @@ def saved_parts(system: System) -> dict[str, nn.Module]:
 
 
 def _check_changed(system: System, saved: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a part is not that of the system before its changes. Methods may leave out weights, or make some that
-    applying them again will make; a part with others, and without those that it should have, was put there since."""
+    """Raise ValueError if a part, or a weight of it, is not that of the system before its changes: it was put there since. A
+    method may leave out weights, add some, or hold some in another form (quantized), since it will be applied again."""
     own = saved_parts(system)
     for name in sorted(own.keys() | saved.keys()):
         mine, base = (
-            {id(t) for t in _state(parts[name]).values()} if name in parts else None for parts in (own, saved)
+            {id(t): (type(t), t.dtype, t.shape) for t in _state(parts[name]).values()} if name in parts else {}
+            for parts in (own, saved)
         )
-        if mine is None or base is None or (mine - base and base - mine):
+        new = {kind for t, kind in mine.items() if t not in base}
+        lost = {kind for t, kind in base.items() if t not in mine}
+        if bool(mine) != bool(base) or new & lost or (base and mine.keys().isdisjoint(base)):
             methods = " and ".join(change.recipe for change in system.changes)
             raise ValueError(
                 f"the {name} of this system is not the one that {methods} changed, whose weights would be saved; save "

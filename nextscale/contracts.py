@@ -211,11 +211,13 @@ class Reader(Protocol):
 
     field: the key of a data item that says it, `label` or `caption` for example. `field + "s"` may hold several that fit.
     shape: of the tensors that it reads; None where it reads numbers or texts.
+    aligned: whether its places are those of the image, as of a depth map: then neither may move without the other.
     choices: all that can be said, where that is a list (class names, or their numbers); else empty.
     """
 
     field: str
     shape: tuple[int, ...] | None
+    aligned: bool
 
     @property
     def choices(self) -> Sequence[str | int]: ...

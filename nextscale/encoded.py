@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -202,8 +201,13 @@ def fingerprint(system: System) -> str:
     digest = hashlib.blake2b(str(system.schedule).encode(), digest_size=16)
     for name, tensor in sorted(as_module(system.tokenizer).state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor of any dtype, on any device, as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def encode_images(
@@ -307,6 +311,8 @@ def said_by(item: Mapping[str, Any], field: str, shape: tuple[int, ...] | None) 
     if shape is not None:
         return item.get(field)
     value = item.get(field + "s", item.get(field))
+    if getattr(value, "ndim", 0):  # numbers of numpy and torch are taken, too
+        value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -330,25 +336,27 @@ def _column(values: Sequence[Any], field: str, shape: tuple[int, ...] | None) ->
 
 
 def _check_told(system: System, data: Any, augmentation: AugmentSettings | None) -> None:
-    """Raise ValueError for data that do not say what the system is told first, and for tensors that augmentation would leave
+    """Raise ValueError for data of which no item says what the system is told, and for tensors that augmentation would leave
     behind."""
-    item = data[0]
-    for i, reader in enumerate(system.readers.values()):
-        if i == 0 and reader.field not in item and reader.field + "s" not in item:
-            raise ValueError(
-                f"the data do not say {reader.field!r}, which this system is told; items have {', '.join(item)}"
-            )
-        if reader.field not in item and reader.field + "s" not in item:
-            warnings.warn(f"the data do not say {reader.field!r}, so the system learns it as not said", stacklevel=3)
-        sizes = (tuple(item[system.output.field].shape[-2:]), system.image_size)
-        moves = augmentation and (
-            augmentation.mirror or augmentation.shift or augmentation.scale or augmentation.crop > 1
-        )
-        if moves and reader.shape is not None and tuple(reader.shape[-2:]) in sizes:
+    item, say = data[0], getattr(data, "said", data.__getitem__)
+    moves = augmentation and (augmentation.mirror or augmentation.shift or augmentation.scale or augmentation.crop > 1)
+    for reader in system.readers.values():
+        fields = {reader.field, reader.field + "s"}
+        if not fields & item.keys() and not any(fields & say(i).keys() for i in range(len(data))):
+            raise ValueError(not_said(reader.field, item))
+        if moves and reader.aligned:
             raise ValueError(
                 f"augmentation moves the pixels of images, but not those of {reader.field!r}, which are aligned with them; "
-                "turn mirror, shift, scale and crop off"
+                "turn mirror, shift, scale and crop off, or give its reader `aligned=False` if they are not"
             )
+
+
+def not_said(field: str, item: Mapping[str, Any]) -> str:
+    """The sentence that refuses data which lack a field that the system is told; `item`: one of them."""
+    return (
+        f"the data do not say {field!r}, which this system is told; items have {', '.join(item)}. Give every item "
+        f"{field!r}, None where there is nothing to say"
+    )
 
 
 def _told_digest(data: Any, asked: Asked, team: Team) -> str:
@@ -364,7 +372,7 @@ def _told_digest(data: Any, asked: Asked, team: Team) -> str:
                 if what[1] is None:
                     found.update(repr([v if v is None or isinstance(v, str) else index(v) for v in value]).encode())
                 else:
-                    found.update(b"" if value is None else torch.as_tensor(value).contiguous().numpy().tobytes())
+                    found.update(b"" if value is None else bytes_of(torch.as_tensor(value)))
                 found.update(b"|")
         return found.hexdigest()
 
@@ -379,7 +387,7 @@ def _digest(data: Any, content: str) -> str:
     """A hash of sixteen images (or what the content is), evenly spaced: other data of the same length are told apart."""
     digest = hashlib.blake2b(digest_size=16)
     for i in sorted({round(j * (len(data) - 1) / 15) for j in range(16)}):
-        digest.update(data[i][content].contiguous().numpy().tobytes())
+        digest.update(bytes_of(data[i][content]))
     return digest.hexdigest()
 
 

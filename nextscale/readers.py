@@ -18,6 +18,7 @@ class ClassReader:
     """
 
     shape: tuple[int, ...] | None = None
+    aligned = False
 
     def __init__(self, classes: Sequence[str], num_classes: int, field: str = "label") -> None:
         self.classes, self.num_classes, self.field = tuple(classes), num_classes, field
@@ -82,13 +83,16 @@ class TensorReader:
     Args:
         field: the key of a data item that holds one.
         shape: of each.
+        aligned: whether its places are those of the image, as of a depth map, so that augmentation must not move one without
+            the other. Default: of two or more dimensions they are.
     """
 
     choices: Sequence[str | int] = ()
 
-    def __init__(self, field: str, shape: Sequence[int]) -> None:
+    def __init__(self, field: str, shape: Sequence[int], *, aligned: bool | None = None) -> None:
         self.field = field
         self.shape: tuple[int, ...] | None = tuple(shape)
+        self.aligned = len(shape) > 1 if aligned is None else aligned
 
     def __call__(self, values: Sequence[Any]) -> Given:
         rows = [torch.zeros(self.shape or ()) if value is None else self._row(value) for value in values]
@@ -109,4 +113,4 @@ class TensorReader:
             raise ValueError(
                 f"{self.field}: expected tensors {list(self.shape or ())}, one an image, got one of {list(row.shape)}"
             )
-        return row.cpu()
+        return row.detach().cpu()

@@ -205,8 +205,10 @@ class System(nn.Module):
                 f"this system is told {' and '.join(map(repr, self.readers)) or 'nothing'}, got {unknown[0]!r}; "
                 "leave it out, or use a system that reads it"
             )
-        listed = {name: _listed(given.get(name)) for name in self.readers}
+        listed = {name: _listed(given.get(name), reader.shape) for name, reader in self.readers.items()}
         counts = {name: len(values) for name, values in listed.items() if isinstance(values, list)}
+        if empty := [name for name, n in counts.items() if n == 0]:
+            raise ValueError(f"expected one {empty[0]}, or one for each image, got an empty list; None says nothing")
         count = rows or max(counts.values(), default=1)
         if any(n != count for n in counts.values()):
             got = " and ".join(f"{n} ({name})" if len(counts) > 1 else str(n) for name, n in counts.items())
@@ -232,11 +234,25 @@ def _check_names(parts: Mapping[str, Part]) -> None:
         taken.add(name.lower())
 
 
-def _listed(values: Any) -> Any:
-    """A list with one entry a row, or a value alone; tensors and arrays of numbers become numbers."""
-    if hasattr(values, "tolist") and values.ndim < 2:
+def _listed(values: Any, shape: tuple[int, ...] | None) -> Any:
+    """A list with one entry a row, or a value alone, which has the reader's `shape`. Of readers that have none, tensors and
+    arrays become numbers."""
+    if getattr(values, "ndim", None) == 0:
         return values.tolist()
-    return values if values is None or isinstance(values, str | int | float) else list(values)
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        return values
+    if shape is not None and _dimensions(values) == len(shape):
+        return tuple(values) if isinstance(values, list) else values
+    if shape is not None:
+        return list(values)
+    return values.tolist() if hasattr(values, "tolist") and values.ndim < 2 else list(values)
+
+
+def _dimensions(values: Any) -> int:
+    """Of a tensor, an array or nested lists; a list with None in it has one entry a row."""
+    if isinstance(values, list | tuple):
+        return -1 if not len(values) or any(value is None for value in values) else 1 + _dimensions(values[0])
+    return getattr(values, "ndim", 0)
 
 
 # ---- verbs: images to tokens, tokens to images, tokens to logits ------------------------------------------------------

@@ -84,6 +84,14 @@ def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands
         train("tokenizer", tmp_path / "t", "shard=true")
 
 
+def test_sharded_training_of_a_changed_system_keeps_the_changes(tmp_path):
+    train("changed", tmp_path / "one")
+    train("changed", tmp_path / "two", "shard=true", processes=2)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-5, rtol=0)
+    changes = [[change.recipe for change in ns.load(tmp_path / name / "system").changes] for name in ("one", "two")]
+    assert changes == [["inside", "fastvar"]] * 2
+
+
 def test_recomputed_activations_give_the_same_update(tmp_path):
     train("generator", tmp_path / "one")
     train("generator", tmp_path / "again", "recompute=true")

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -149,8 +150,52 @@ def test_what_data_must_say():
     data = [item | {"map": torch.zeros(3, 32, 32)} for item in items(2)]
     with pytest.raises(ValueError, match="moves the pixels of images, but not those of 'map'"):
         encode_images(aligned, data, augmentation=AugmentSettings())
+    for shape, where in (((3, 16, 16), None), ((1, 5), None), ((4,), True)):
+        aligned.readers["map"] = TensorReader("map", shape, aligned=where)
+        with pytest.raises(ValueError, match="but not those of 'map'"):  # whatever its size
+            encode_images(
+                aligned, [item | {"map": torch.zeros(shape)} for item in data], augmentation=AugmentSettings()
+            )
+    for shape, where in (((4,), None), ((3, 16, 16), False)):
+        aligned.readers["map"] = TensorReader("map", shape, aligned=where)
+        free = [item | {"map": torch.zeros(shape)} for item in data]
+        assert len(encode_images(aligned, free, augmentation=AugmentSettings())) == 2
+    aligned.readers["map"] = TensorReader("map", (3, 32, 32))
     still = AugmentSettings(mirror=0, shift=0, scale=0)
     assert len(encode_images(aligned, data, augmentation=still)) == 2
+    unsaid = [{name: value for name, value in item.items() if name != "style"} for item in items(4)]
+    with pytest.raises(ValueError, match=r"do not say 'style'.* items have image, label, map, mirror_ok"):
+        encode_images(system, unsaid)
+    unsaid[3]["style"] = 1  # one item is enough
+    assert list(encode_images(system, unsaid).said()["style"]) == [None, None, None, 1]
     unknown = Choices(torch.tensor([[7]], dtype=torch.int32))
     with pytest.raises(ValueError, match="class number 7, but the model knows 0 to 2"):
         encoded.EncodedImages(torch.zeros(1, 30), {"label": unknown}).check(system)
+
+
+def test_arrays_are_numbers_and_tensors_may_be_of_any_kind(tmp_path):
+    system = several()
+    plain = [item | {"labels": [i % 3, 2], "map": torch.full((3, 8, 8), float(i))} for i, item in enumerate(items(4))]
+    expected = encode_images(system, plain).told
+    for convert in (np.array, torch.tensor):
+        data = [item | {"labels": convert(item["labels"])} for item in plain]
+        assert torch.equal(
+            encode_images(system, data, tmp_path / convert.__name__).told["label"].numbers, expected["label"].numbers
+        )
+    kinds = {
+        "half": lambda t: t.bfloat16(),
+        "gradient": lambda t: t.clone().requires_grad_(),
+        "array": lambda t: t.numpy(),
+        "strided": lambda t: t.mT,
+    }
+    for name, convert in kinds.items():
+        data = [item | {"map": convert(item["map"])} for item in plain]
+        cached = encode_images(system, data, tmp_path / name)
+        assert torch.equal(cached.told["map"].values, expected["map"].values)
+
+
+def test_a_system_of_half_precision_has_a_fingerprint():
+    system = var.build(small(), seed=1)
+    before = encoded.fingerprint(system)
+    assert encoded.fingerprint(system.half_(torch.bfloat16)) != before
+    assert encoded.bytes_of(torch.tensor(1.0)) == b"\0\0\x80\x3f" and encoded.bytes_of(torch.zeros(0)) == b""

@@ -1,6 +1,8 @@
 """A trained generator learns a further class: the old ones stay, adapters start as nothing and end in plain weights."""
 
+import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from small import small
 from test_training import CONFIG, Squares, weights
 
 import nextscale as ns
+from nextscale.model.block import Block
+from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
+from nextscale.recipes.guidance import inside
+from nextscale.sampling.loop import ScaleByScale
+from nextscale.system import Part, System
 from nextscale.training.config import GeneratorLoss
 from nextscale.training.finetune import Relabelled, add_lora, merge_lora, with_classes
 
@@ -23,6 +30,104 @@ def test_further_classes_leave_the_others_as_they_are():
     assert system.config.num_classes == 3 and system.model is not longer.model
     with pytest.raises(ValueError, match="told texts"):
         with_classes(infinity.build(infinity.tiny()), ["cat"])
+
+
+@dataclass(frozen=True)
+class Marked(ScaleByScale):
+    """A loop of one's own, with a part of one's own."""
+
+    def finish(self, system, state):
+        return super().finish(system, state) + system.parts["mark"](state.f_hat.mean()[None]).squeeze()
+
+
+def test_all_but_the_classes_goes_with_a_system(tmp_path):
+    parts = {"mark": Part(torch.nn.Linear(1, 1))}
+    plain = var.build(small(num_classes=3, classes=("a", "b", "c")), seed=1)
+    system = System(
+        plain.recipe,
+        plain.config,
+        plain.schedule,
+        plain.tokenizer,
+        plain.model,
+        plain.classes,
+        sampling=plain.sampling,
+        objective=plain.objective,
+        readers=plain.readers,
+        stepper=Marked(),
+        parts=parts,
+    )
+    longer = with_classes(system, ["d"])
+    assert longer.stepper == Marked() and longer.parts["mark"] is parts["mark"].module and longer.classes[-1] == "d"
+    assert torch.equal(ns.sample(longer, ["a", None], seed=3), ns.sample(system, ["a", None], seed=3))
+    # a recipe that no package has
+    system.recipe = "elsewhere"
+    assert with_classes(system, ["d"], {"elsewhere": var}).classes == longer.classes
+
+
+CHANGES = {
+    "fastvar": lambda system: fastvar.apply(system, fastvar.Config(ratios=(0.5,))),
+    "inside": lambda system: inside.apply(system, inside.Config(block=0)),
+}
+
+
+@pytest.mark.parametrize("names", [["fastvar"], ["inside"], ["inside", "fastvar"]])
+def test_changes_go_with_a_system_and_stay_while_it_is_trained(tmp_path, names):
+    system = var.build(small(num_classes=3, classes=("a", "b", "c")), seed=1)
+    for name in names:
+        system = CHANGES[name](system)
+    longer = with_classes(system, ["d"])
+    assert [(c.recipe, c.config) for c in longer.changes] == [(c.recipe, c.config) for c in system.changes]
+    assert torch.equal(ns.sample(longer, ["a", None], seed=3), ns.sample(system, ["a", None], seed=3))
+    assert system.classes == ("a", "b", "c") and longer.base.classes == ("a", "b", "c", "d")
+    before = weights(longer).clone()
+    trained = ns.train_model(longer, Relabelled(Squares(), [3, 1, 2]), CONFIG, out=tmp_path)
+    assert not torch.equal(weights(trained), before)
+    again = ns.load(tmp_path / "system")
+    assert [change.recipe for change in again.changes] == names
+    assert torch.equal(ns.sample(again, ["d", "a"], seed=3), ns.sample(trained, ["d", "a"], seed=3))
+
+
+def test_a_system_of_half_precision_grows_in_it_and_is_not_trained(tmp_path):
+    system = var.build(small(num_classes=3, classes=("a", "b", "c")), seed=1).half_(torch.bfloat16)
+    expected = ns.sample(system, ["a", None], seed=3)
+    longer = with_classes(system, ["d"])
+    assert torch.equal(ns.sample(longer, ["a", None], seed=3), expected)
+    assert torch.equal(ns.sample(system, ["a", None], seed=3), expected)
+    for name, tensor in system.model.state_dict().items():
+        assert longer.model.state_dict()[name].dtype == tensor.dtype
+    with pytest.raises(ValueError, match="needs weights in float32, got bfloat16; load the system without `dtype`"):
+        ns.train_model(longer, Squares(), CONFIG, out=tmp_path)
+    with pytest.raises(ValueError, match="needs weights in float32, got bfloat16"):
+        ns.train_tokenizer(longer, Squares(), CONFIG, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Scanned(Block):
+    """A block with a linear layer of its own, by a name that nobody knows."""
+
+    def __init__(self, settings, drop_path=0.0):
+        super().__init__(settings, drop_path)
+        self.scan = torch.nn.Linear(settings.dim, settings.dim)
+
+    def forward(self, h, prepared, span, cache=None):
+        return super().forward(h + self.scan(h), prepared, span, cache)
+
+
+def test_adapters_are_beside_every_linear_layer_but_those_of_the_modulation(tmp_path):
+    pytest.importorskip("peft", reason="needs the extra nextscale[lora]")
+    system = var.build(small(num_classes=3), seed=1)
+    settings = system.config.transformer
+    system.model = system.model.with_blocks([Scanned(settings) for _ in system.model.blocks])
+    before = {name: tensor.clone() for name, tensor in system.model.state_dict().items()}
+    other = copy.deepcopy(system.model)
+    add_lora(other, 2)
+    adapted = {name.partition(".lora_A")[0] for name, _ in other.named_parameters() if ".lora_A" in name}
+    linear = {name for name, module in system.model.blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert adapted == {f"blocks.{name}" for name in linear if "modulation" not in name}
+    assert any(name.endswith(".scan") for name in adapted) and any("modulation" in name for name in linear)
+    ns.train_model(system, Squares(), CONFIG, out=tmp_path, lora=2)
+    after = system.model.state_dict()
+    assert not torch.equal(after["blocks.0.scan.weight"], before["blocks.0.scan.weight"])
 
 
 def test_relabelled_items_have_the_numbers_of_the_system():

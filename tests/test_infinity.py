@@ -91,7 +91,7 @@ class Given:
     """A reader of features that are given: "0" is the first text, "null 0" is as long as it but says nothing, "not 0" is the
     first negative one."""
 
-    field, shape, choices = "caption", None, ()
+    field, shape, choices, aligned = "caption", None, (), False
 
     def __init__(self, which: str) -> None:
         model, io = numbers()["models"][which], tensors("io")

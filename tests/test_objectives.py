@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from small import small
 from test_training import CONFIG, DATA, VAL, weights
 from torch import nn
@@ -19,10 +21,13 @@ from nextscale.model.bit_head import BitHead
 from nextscale.model.head import SoftmaxHead
 from nextscale.recipes.generators import flexvar, infinity, var
 from nextscale.sampling.loop import sample_tokens
-from nextscale.system import teacher_logits
+from nextscale.settings import Settings
+from nextscale.system import Part, System, teacher_logits
+from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.fit import Health
 from nextscale.training.objective import NextScale, TeacherForcing, _newest, stage
+from nextscale.training.resume import recorded, recorded_objective
 
 DRAWS = Draws(torch.Generator(), 2)
 
@@ -219,6 +224,175 @@ def test_other_objectives_train_resume_and_save(tmp_path, objective, monkeypatch
             run_of(tmp_path / "parts", objective)
     again = run_of(tmp_path / "parts", objective)
     assert torch.equal(weights(system), weights(again))
+
+
+@dataclass(frozen=True)
+class Weighed(TeacherForcing):
+    beta: float = 1.0
+
+
+class Plain(NextScale):
+    def __init__(self, beta):
+        self.beta, self.helper, self._own = beta, object(), object()
+
+    batch = TeacherForcing.batch
+
+
+class Own(Settings):
+    """Settings that are an objective."""
+
+    beta: float = 1.0
+    wants: ClassVar = "tokens"
+    frozen, loss, judge, score = (getattr(TeacherForcing, n) for n in ("frozen", "loss", "judge", "score"))
+    batch = TeacherForcing.batch
+
+
+def short(out, objective=None, steps=2, system=None):
+    config = CONFIG.model_copy(update={"steps": steps, "save_every": 1, "warmup": 0})
+    return ns.train_model(system or tiny(), DATA, config, out=out, objective=objective)
+
+
+@pytest.mark.parametrize("first", [None, Weighed(), Plain(1.0), Own()])
+@pytest.mark.parametrize("second", [Weighed(beta=-50.0), Plain(-50.0), Own(beta=-50.0), flexvar.RandomSchedules()])
+def test_a_run_goes_on_with_its_own_objective_alone(tmp_path, first, second):
+    whole = short(tmp_path, first)
+    again = short(tmp_path, copy.deepcopy(first))
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(ValueError, match=r"other settings: objective\.(kind|settings\.beta) was .*, now "):
+        short(tmp_path, second)
+    written = json.loads((tmp_path / "run.json").read_text())["objective"]
+    assert written == recorded_objective(first or TeacherForcing()) and set(written) == {"kind", "settings"}
+
+
+def test_what_is_recorded_of_objectives_is_the_same_each_time():
+    assert recorded_objective(Plain(2.0)) == recorded_objective(Plain(2.0))
+    assert recorded_objective(Plain(2.0))["settings"] == {"beta": 2.0, "helper": "<object object>"}
+    assert recorded_objective(Weighed())["settings"] == {"beta": 1.0}
+    kind = "nextscale.training.objective.TeacherForcing"
+    assert recorded_objective(TeacherForcing()) == {"kind": kind, "settings": {}}
+    value = {"sizes": (1, 2), "none": None, "names": {"b", "a"}}
+    assert recorded(value) == {"sizes": [1, 2], "none": None, "names": ["a", "b"]}
+
+
+@pytest.mark.parametrize("objective", [None, Own(beta=2.0), Preference()])
+def test_runs_that_did_not_record_their_objective_go_on(tmp_path, objective):
+    """As earlier versions wrote them: the settings of a `Settings` objective alone, and no frozen networks."""
+    items = isinstance(objective, Preference)
+    train = (lambda out: run_of(out, objective)) if items else (lambda out: short(out, objective))
+    whole = train(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        known = state["facts"]["settings"]
+        known.pop("frozen", None)
+        own = known.pop("objective")["settings"]
+        if isinstance(objective, Own):
+            known["objective"] = own
+        path.write_text(json.dumps(state))
+    assert torch.equal(weights(train(tmp_path)), weights(whole))
+    if isinstance(objective, Own):
+        with pytest.raises(ValueError, match=r"objective.beta was 2.0, now 3.0"):
+            short(tmp_path, Own(beta=3.0))
+
+
+def test_frozen_networks_are_those_of_the_weights_from_which_training_starts(tmp_path):
+    objective, config = Preference(), CONFIG.model_copy(update={"steps": 3, "save_every": 1})
+
+    def train(system, steps=3):
+        settings = config.model_copy(update={"steps": steps, "ema": 0})
+        return ns.train_model(system, Pairs(DATA), settings, out=tmp_path, val=Pairs(VAL), objective=objective)
+
+    system = train(tiny())
+    with pytest.raises(ValueError, match=r"began with other weights: the objective's frozen networks \(reference\)"):
+        train(system)
+    assert torch.equal(weights(train(tiny())), weights(system))
+
+
+# ---- parts that train with the model -----------------------------------------------------------------------------------
+
+
+class Toned(TeacherForcing):
+    """A part of the system has a share in the loss."""
+
+    def loss(self, run, part, step):
+        loss, metrics = super().loss(run, part, step)
+        tone = run.system.parts["tone"](torch.ones(1, 2)).square().mean()
+        return loss + tone, metrics | {"tone": tone.detach()}
+
+
+def with_parts(roles):
+    plain = tiny()
+    torch.manual_seed(0)
+    parts = {name: Part(nn.Linear(2, 2), role) for name, role in roles.items()}
+    return System(
+        plain.recipe,
+        plain.config,
+        plain.schedule,
+        plain.tokenizer,
+        plain.model,
+        plain.classes,
+        sampling=plain.sampling,
+        objective=Toned(),
+        readers=plain.readers,
+        parts=parts,
+    )
+
+
+def part_weights(system):
+    return {name: module.weight.detach().clone() for name, module in system.parts.items()}
+
+
+def test_trained_parts_train_with_the_model_and_go_on(tmp_path):
+    roles = {"tone": "trained", "idle": "trained", "still": "frozen", "theirs": "external"}
+    config = CONFIG.model_copy(update={"steps": 6, "save_every": 1, "ema": 0.5})
+
+    def train(out, objective=None):
+        return ns.train_model(with_parts(roles), DATA, config, out=out, val=VAL, objective=objective)
+
+    whole = train(tmp_path / "whole")
+    before, after = part_weights(with_parts(roles)), part_weights(whole)
+    assert {name for name in roles if not torch.equal(before[name], after[name])} == {"tone"}
+    tones = [line["train/tone"] for line in metrics_of(tmp_path / "whole") if "train/tone" in line]
+    assert tones[-1] < tones[0]
+    assert torch.equal(load_file(tmp_path / "whole" / "system" / "tone.safetensors")["weight"], after["tone"])
+
+    class Dying(Toned):
+        left = 3
+
+        def loss(self, run, part, step):
+            if not Dying.left:
+                raise KeyboardInterrupt
+            Dying.left -= 1
+            return super().loss(run, part, step)
+
+    Dying.__qualname__, Dying.__module__ = Toned.__qualname__, Toned.__module__
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", Dying())
+    again = train(tmp_path / "parts")
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_parts_that_do_not_train_change_nothing(tmp_path):
+    """Neither the bits nor the names in checkpoints."""
+    config = CONFIG.model_copy(update={"steps": 3, "save_every": 3})
+    alone = ns.train_model(tiny(), DATA, config, out=tmp_path / "alone")
+    system = with_parts({"still": "frozen"})
+    beside = ns.train_model(system, DATA, config, out=tmp_path / "beside", objective=TeacherForcing())
+    assert torch.equal(weights(alone), torch.cat([weights(beside.tokenizer), weights(beside.model)]))
+    shapes = [Checkpoints(tmp_path / n / "checkpoints", 1).newest().shapes() for n in ("alone", "beside")]
+    assert shapes[0] == shapes[1]
+
+
+def test_an_objective_of_items_says_what_data_lack(tmp_path):
+    class Unsaid(Pairs):
+        def __getitem__(self, index):
+            return {name: value for name, value in super().__getitem__(index).items() if name[:5] != "label"}
+
+        @staticmethod
+        def collate(items):
+            return {name: torch.stack([item[name] for item in items]) for name in ("image", "worse")}
+
+    with pytest.raises(ValueError, match=r"the data do not say 'label'.* items have image, worse"):
+        ns.train_model(tiny(), Unsaid(DATA), CONFIG, out=tmp_path, objective=Preference())
 
 
 def test_an_objective_of_items_needs_data(tmp_path):

@@ -147,6 +147,50 @@ def test_what_is_left_out_says_nothing_and_one_value_is_for_all():
         ns.sample(system, {"label": ["dig"]})
 
 
+def test_a_tensor_alone_is_for_all_rows_too():
+    system = several()
+    one = torch.rand(3, 8, 8)
+    for value in (one, one.numpy(), one.tolist()):
+        told = system.told({"label": [0, 1, 2], "map": value})
+        assert len(told["map"]) == 3
+        assert torch.equal(system.readers["map"](told["map"]).values, one.expand(3, -1, -1, -1))
+    rows = [one, None, one]
+    for values in (rows, one.expand(3, -1, -1, -1), [one.tolist()] * 3):
+        assert len(system.told({"label": "cat", "map": values})["map"]) == 3
+    assert system.told({"label": ["cat", "dog"], "map": [None, None]})["map"] == [None, None]
+    assert ns.sample(system, {"label": [0, 1, 2], "map": one}).shape == (3, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"got 3 \(label\) and 2 \(map\)"):
+        system.told({"label": [0, 1, 2], "map": [one, one]})
+    for wrong in (torch.tensor(1.0), 1.0, object(), "word"):
+        with pytest.raises(ValueError, match="map: expected"):
+            system.check_told({"label": "cat", "map": wrong})
+    with pytest.raises(ValueError, match="a class is told by its name"):
+        system.check_told(object())
+    assert system.told(np.array("cat"))["label"] == ["cat"]
+    number = TensorReader("speed", (2,))
+    system.readers["speed"] = number
+    assert system.told({"label": [0, 1, 2], "speed": [0.1, 0.2]})["speed"] == [(0.1, 0.2)] * 3
+    assert system.told({"label": "cat", "speed": [None, None]})["speed"] == [None, None]
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.zeros(0, int), {"label": []}, {"label": "cat", "map": []}])
+def test_an_empty_list_is_refused(nothing):
+    with pytest.raises(ValueError, match=r"expected one (label|map), or one for each image, got an empty list"):
+        ns.sample(several(), nothing)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, [0.5, 1.5], "one"])
+def test_seeds_are_whole_numbers(seed):
+    with pytest.raises(ValueError, match="seed: expected a whole number, or one for each image, got"):
+        ns.sample(several(), ["cat", "dog"], seed=seed)
+
+
+def test_tensors_with_a_gradient_or_of_half_precision_are_read():
+    read = TensorReader("view", (2,))
+    given = read([torch.ones(2, requires_grad=True), torch.full((2,), 2.0, dtype=torch.bfloat16)])
+    assert given.values.tolist() == [[1, 1], [2, 2]] and not given.values.requires_grad
+
+
 # ---- conditions -------------------------------------------------------------------------------------------------------
 
 

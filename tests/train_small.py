@@ -1,6 +1,6 @@
 """Trains a tiny system on coloured squares into a folder: what several processes run, started by torchrun.
 
-python tests/train_small.py tokenizer|adversarial|flexvar|generator OUT [name=value of TrainConfig ...]
+python tests/train_small.py tokenizer|adversarial|flexvar|generator|changed OUT [name=value of TrainConfig ...]
 """
 
 import os
@@ -18,7 +18,9 @@ from test_training import Squares
 import nextscale as ns
 from nextscale.data.transforms import AugmentSettings
 from nextscale.processes import end_process
+from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import flexvar, var
+from nextscale.recipes.guidance import inside
 from nextscale.training import fit as loop
 from nextscale.training.config import TokenizerLoss, TrainConfig
 
@@ -60,6 +62,8 @@ def main(kind: str, out: str, *settings: str) -> None:
         pyramid = var.PyramidSettings(codebook_size=32, code_dim=8, standardize=True)
         system = var.build(small(num_classes=3, pyramid=pyramid), seed=3)
         data, val = Squares(size=64), Squares(8, seed=1)
+        if kind == "changed":  # by two methods, of which one wraps blocks and the other their branches
+            system = fastvar.apply(inside.apply(system, inside.Config(block=0)), fastvar.Config(ratios=(0.5,)))
     augmentation = AugmentSettings(hue=0)
     loop.set_rates = set_rates
     try:

@@ -39,6 +39,7 @@ class TextEncoder(nn.Module):
 
     field: str = "caption"
     shape: tuple[int, ...] | None = None
+    aligned = False
     choices: Sequence[str | int] = ()
 
     def __init__(self, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:

@@ -84,13 +84,14 @@ class Noise:
         cls, seed: int | Sequence[int], generator: torch.Generator | None, batch: int, device: torch.device
     ) -> Noise:
         """Image i draws from seed + i, or from `seed[i]` of a sequence; or all from one generator. Raises ValueError for
-        another number of seeds."""
+        another number of seeds, and for what is no whole number."""
         if generator is not None:
             return cls(generator.device, (generator.get_state(),), generator)
-        if isinstance(seed, Sequence) or getattr(seed, "ndim", None):  # numbers of numpy and torch are taken, too
-            seeds = [index(one) for one in seed]  # type: ignore[union-attr]
-        else:
-            seeds = [index(seed) + i for i in range(batch)]
+        several = isinstance(seed, Sequence) or getattr(seed, "ndim", None)  # numbers of numpy and torch are taken, too
+        try:
+            seeds = [index(one) for one in seed] if several else [index(seed) + i for i in range(batch)]  # type: ignore
+        except TypeError:
+            raise ValueError(f"seed: expected a whole number, or one for each image, got {seed!r}") from None
         if len(seeds) != batch:
             raise ValueError(f"seed needs one number, or one for each of {batch} images, got {len(seeds)}")
         return cls(device, tuple(torch.Generator(device).manual_seed(s).get_state() for s in seeds))

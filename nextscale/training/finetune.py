@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
 from nextscale.contracts import GrowingConditioner
-from nextscale.modules import as_module
-from nextscale.system import System, find_recipe
-
-# Every linear layer of a block but those that make the modulation.
-LAYERS = ("qkv", "q", "kv", "proj", "fc1", "fc2")
+from nextscale.modules import as_module, replaced
+from nextscale.system import System, find_method, find_recipe
 
 
-def with_classes(system: System, classes: Sequence[str]) -> System:
-    """The system with further classes at the end of its own; those that it has stay as they are.
+def with_classes(system: System, classes: Sequence[str], recipes: Mapping[str, Any] | None = None) -> System:
+    """The system with further classes at the end of its own; those that it has stay as they are, and so does all else: the
+    tokenizer, further parts and the loop are shared, and methods that changed it change the new one.
 
-    A further class begins as the mean of all others, and the model as a copy. Raises ValueError for a system that is told
-    texts.
+    A further class begins as the mean of all others, and the model as a copy. `recipes`: as for `ns.load`. Raises ValueError
+    for a system that is told texts.
     """
-    old, reader = system.need_model(), next(iter(system.readers.values()))
+    base, recipes = system.base, recipes or {}
+    old, (primary, reader) = base.need_model(), next(iter(base.readers.items()))
     if not reader.choices or not isinstance(old.conditioner, GrowingConditioner):
         raise ValueError("this system is told texts, not classes, so it needs no further ones")
     names = tuple(str(choice) for choice in reader.choices)
     added = [name for name in dict.fromkeys(classes) if name not in names]
-    new = find_recipe(system.recipe).build(system.config.for_classes((*names, *added)))
+    builder = recipes.get(base.recipe) or find_recipe(base.recipe)
+    built = builder.build(base.config.for_classes((*names, *added)))
+    model = as_module(built.model)
+    _move_like(model, as_module(old))
     weights = as_module(old).state_dict()
     own = {name: tensor for name, tensor in weights.items() if not name.startswith("conditioner.")}
-    as_module(new.model).load_state_dict(as_module(new.model).state_dict() | own)
-    new.model.conditioner.grow(old.conditioner)
-    new.tokenizer = system.tokenizer
+    model.load_state_dict(model.state_dict() | own)
+    built.model.conditioner.grow(old.conditioner)
+    new: System = replaced(base, model=model.train(as_module(old).training))
+    new.config, new.classes = built.config, built.classes
+    new.readers = {**base.readers, primary: built.readers[primary]}
+    for change in system.changes:
+        new = (recipes.get(change.recipe) or find_method(change.recipe)).apply(new, change.config)
     return new
+
+
+def _move_like(module: nn.Module, other: nn.Module) -> None:
+    """Give each tensor of a module the device and the dtype that the one of this name has in another."""
+    places = dict(itertools.chain(other.named_parameters(), other.named_buffers()))
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if name in places:
+            tensor.data = tensor.data.to(places[name])
 
 
 class Relabelled(Dataset[dict[str, Any]]):
@@ -59,13 +74,17 @@ class Relabelled(Dataset[dict[str, Any]]):
 
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze a transformer but for what it is told, and put a LoRA adapter of some rank beside each linear layer of its blocks
-    (Hu et al. 2022; by peft). An adapter adds nothing until it is trained."""
+    but those of their modulation (Hu et al. 2022; by peft). An adapter adds nothing until it is trained."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("LoRA needs the package peft: pip install 'nextscale[lora]'") from error
     blocks: Any = model.get_submodule("blocks")
-    names = sorted({name for name, _ in blocks.named_modules() if name.rpartition(".")[2] in LAYERS})
+    names = sorted(
+        name
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and "modulation" not in name.split(".")
+    )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     inject_adapter_in_model(config, blocks)  # freezes what is in the blocks
     for parameter in model.parameters():

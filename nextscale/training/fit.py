@@ -27,14 +27,13 @@ from nextscale.data.dataset import collate
 from nextscale.draws import Draws, Part, generator_for, rows_of
 from nextscale.files import atomic_write
 from nextscale.processes import Team
-from nextscale.settings import Settings
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.config import TrainConfig
 from nextscale.training.log import RunLog
 from nextscale.training.memory import peak_memory
 from nextscale.training.rates import learning_rate, weight_decay
-from nextscale.training.resume import resume, save_state
+from nextscale.training.resume import recorded, resume, save_state
 
 
 class Task(Protocol):
@@ -224,13 +223,14 @@ def fit(
     config: TrainConfig,
     out: Path,
     description: str,
-    others: Mapping[str, Settings | None],
+    others: Mapping[str, Any],
     transform: Callable[[dict[str, Any], Draws], dict[str, Any]] | None = None,
     team: Team = Team(),
 ) -> nn.Module:
     """Run (or go on with) a training in the folder `out`; returns the averaged module.
 
-    `others`: settings beside `config` that change what is computed; a run goes on with the same ones alone.
+    `others`: what beside `config` changes what is computed (settings, or other values by name); a run goes on with the same
+    ones alone.
     `transform(batch, draws)` augments a part of a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
     `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
     """
@@ -239,7 +239,7 @@ def fit(
     sharded = config.shard and team.size > 1
     checkpoints = Checkpoints(out / "checkpoints", config.keep, team if sharded else Team())
     own_settings = config.model_dump(mode="json")
-    other_settings = {name: part.model_dump(mode="json") for name, part in others.items() if part is not None}
+    other_settings = {name: recorded(part) for name, part in others.items() if part is not None}
     settings = own_settings | other_settings | {"images": len(data)}  # type: ignore[arg-type]
     first = resume(checkpoints, task, average, settings, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads, wandb=config.wandb)

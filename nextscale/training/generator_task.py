@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextscale.contracts import LayerCache, Model, Objective, Opaque
 from nextscale.draws import Part
-from nextscale.encoded import Choices, EncodedImages, said_by
+from nextscale.encoded import Choices, EncodedImages, not_said, said_by
 from nextscale.model.block import BlockWrapper
 from nextscale.modules import as_module
 from nextscale.processes import Team
@@ -49,6 +49,8 @@ class Run:
         told: dict[str, list[Any]] = {}
         for name, reader in self.system.readers.items():
             fields = [field for field in (reader.field, reader.field + "s") if field in part.batch]
+            if not fields:
+                raise ValueError(not_said(reader.field, part.batch))
             items = [{field: part.batch[field][i] for field in fields} for i in range(len(part.draws))]
             values = [said_by(item, reader.field, reader.shape) for item in items]
             if reader.shape is None:
@@ -58,8 +60,21 @@ class Run:
         return told
 
 
+class Together(nn.Module):
+    """A model and the parts of its system that are trained with it."""
+
+    def __init__(self, model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.model, self.parts = model, nn.ModuleDict(parts)
+
+
+def trained_parts(system: System) -> dict[str, nn.Module]:
+    """The parts beside the model that train with it, by name."""
+    return {name: module for name, module in system.parts.items() if system.roles[name] == "trained"}
+
+
 class GeneratorTask:
-    """A transformer, its optimizer and its objective (`Task` of the loop)."""
+    """A transformer, the parts that train with it, their optimizer, and an objective (`Task` of the loop)."""
 
     def __init__(
         self,
@@ -74,7 +89,8 @@ class GeneratorTask:
     ) -> None:
         self.system = system.to(config.device)
         model = system.need_model()
-        self.module = as_module(model)
+        parts = trained_parts(system)
+        self.module = Together(as_module(model), parts) if parts else as_module(model)
         self.config, self.data, self.val, self.count = config, data, val, pictures
         self.objective: Objective = objective or system.objective
         if config.compile:
@@ -84,7 +100,9 @@ class GeneratorTask:
         self.run.frozen = self.objective.frozen(self.run)
         for network in self.run.frozen.values():
             network.to(config.device).requires_grad_(False).eval()
-        self.forward: Any = team.wrap(self.module, self.losses, sharded=config.device if config.shard else "")
+        sharded = config.device if config.shard else ""
+        # An objective may use no more than the model; whether it does is its own business.
+        self.forward: Any = team.wrap(self.module, self.losses, unused=bool(parts), sharded=sharded)
         self.optimizers = {"model": adamw(self.module, config, NO_DECAY)}
         self.scalers = {"model": scaler(config)}
         self.team = team

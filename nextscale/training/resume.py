@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nextscale.checkpoint import explain_mismatch
+from nextscale.contracts import Objective
+from nextscale.encoded import bytes_of
 from nextscale.processes import Team
+from nextscale.settings import Settings
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 
@@ -40,6 +46,43 @@ FREE = (
     "wandb",
     "workers",
 )
+
+
+def recorded(value: Any) -> Any:
+    """A setting as a run's files hold it, the same each time that a program starts."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(name): recorded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [recorded(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((recorded(part) for part in value), key=repr)
+    if is_dataclass(value):
+        return {each.name: recorded(getattr(value, each.name)) for each in fields(value)}
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # an address is another one each time
+
+
+def recorded_objective(objective: Objective) -> dict[str, Any]:
+    """Which objective it is, and its settings: of a plain object its public attributes."""
+    kind = type(objective)
+    plain = kind.__repr__ is object.__repr__ and not is_dataclass(objective)
+    public = {name: value for name, value in getattr(objective, "__dict__", {}).items() if name[0] != "_"}
+    return {"kind": f"{kind.__module__}.{kind.__qualname__}", "settings": recorded(public if plain else objective)}
+
+
+def recorded_weights(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """A hash of the weights of each network, by its name."""
+
+    def digest(network: nn.Module) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(network.state_dict().items()):
+            found.update(name.encode() + bytes_of(tensor))
+        return found.hexdigest()
+
+    return {name: digest(network) for name, network in networks.items()}
 
 
 def save_state(
@@ -125,14 +168,30 @@ def _prepare(optimizer: Optimizer, parameters: Mapping[str, Tensor], shapes: Map
 
 def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Raise ValueError if settings that change what is computed are others than those that the run began with."""
-    before, now = _flat(before), _flat(now)
+    before, now = _flat(before), _flat(_as_known(now, before))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name) and not name.startswith(FREE)]
+    if names and all(name.startswith("frozen.") for name in names):
+        raise ValueError(
+            f"{folder} holds a run that began with other weights: the objective's frozen networks "
+            f"({', '.join(name.removeprefix('frozen.') for name in names)}) are made of those from which training starts; go "
+            "on with a system of the same weights (load it again: training changed this one), or give another --out"
+        )
     if names:
         raise ValueError(
             f"{folder} holds a run with other settings: "
             + ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
             + "; use the same settings to go on with it, or another --out"
         )
+
+
+def _as_known(now: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings as the version that began the run recorded them. Earlier ones knew the settings of some objectives alone, and
+    nothing of frozen networks: what they did not record passes for the same."""
+    objective = before.get("objective")
+    if "objective" not in now or (objective is not None and set(objective) == {"kind", "settings"}):
+        return now
+    known = {name: value for name, value in now.items() if name not in ("objective", "frozen")}
+    return known if objective is None else {**known, "objective": now["objective"]["settings"]}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

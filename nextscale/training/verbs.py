@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
@@ -20,12 +21,12 @@ from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.modules import as_module
 from nextscale.processes import Team
-from nextscale.settings import Settings
-from nextscale.system import System, find_recipe, refuse_mps
+from nextscale.system import System, refuse_mps
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.fit import fit
-from nextscale.training.generator_task import GeneratorTask
+from nextscale.training.generator_task import GeneratorTask, trained_parts
+from nextscale.training.resume import recorded_objective, recorded_weights
 from nextscale.training.tokenizer_task import TokenizerTask
 
 
@@ -53,6 +54,7 @@ def train_tokenizer(
     if config.shard or config.recompute:
         raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
     out = Path(out)
+    _refuse_half(system.tokenizer)
     _check_size(system, data, augmentation)
     transform = _transform(system, augmentation)
 
@@ -108,9 +110,13 @@ def train_model(
     """
     if config.shard and lora:
         raise ValueError("adapters are small, so they are not sharded; leave --shard or --lora off")
+    if config.shard and (parts := trained_parts(system)):
+        raise ValueError(
+            f"sharded training has the model alone, but {', '.join(parts)} train with it; leave --shard off"
+        )
+    _refuse_half(system.tokenizer, system.need_model(), *trained_parts(system).values())
     team, config = _join(config)
     out = Path(out)
-    system.need_model()
     system.to(config.device)
     objective = objective or system.objective
     val, held_out, kind = _some(val), None, objective.wants
@@ -140,24 +146,36 @@ def train_model(
             held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
     if lora:
         add_lora(as_module(system.need_model()), lora)
+    sharded = config.shard and team.size > 1
+    systems = [system, *(change.before for change in system.changes)]
+    plain = _without_weights([as_module(each.need_model()) for each in systems]) if sharded else []
     shown = None if kind == "nothing" else items
     task = GeneratorTask(system, config, loss, shown, held_out, team=team, objective=objective)
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
-    if objective is not system.objective:
-        settings["objective"] = objective if isinstance(objective, Settings) else None
+    settings |= {"objective": recorded_objective(objective), "frozen": recorded_weights(task.run.frozen)}
     fit(task, items, config, out, "generator", settings, team=team)
-    if config.shard and team.size > 1:
+    if sharded:
         from nextscale.sharded import whole
 
-        state = whole(as_module(system.model))
-        system.model = find_recipe(system.recipe).build(system.config).model
-        as_module(system.model).load_state_dict(state)
+        plain[0].load_state_dict(whole(as_module(system.model)), assign=True)
+        for each, model in zip(systems, plain, strict=True):
+            each.register_module("model", model)
     if lora:
         merge_lora(as_module(system.need_model()))
     if team.leads:
         save(system, out / "system")
     team.wait()  # all return when the files are there
     return system.eval()
+
+
+def _without_weights(models: list[nn.Module]) -> list[nn.Module]:
+    """Copies of models, which share what these share, with parameters that are still to be filled."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for model in models
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(models, memo)
 
 
 class NoItems(Dataset[dict[str, Any]]):
@@ -196,6 +214,17 @@ def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     team = Team.of_environment()
     team.pieces(config.batch_size, config.accumulate)
     return team, config.model_copy(update={"device": team.own_device(config.device)})
+
+
+def _refuse_half(*parts: object) -> None:
+    """Raise ValueError for weights of less than 32 bits: steps of training are smaller than their rounding."""
+    for part in parts:
+        for parameter in as_module(part).parameters():
+            if parameter.requires_grad and parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    f"training needs weights in float32, got {str(parameter.dtype).removeprefix('torch.')}; load the system "
+                    "without `dtype`, and train with `precision` bfloat16 to compute in it"
+                )
 
 
 def _some(val: Dataset | None) -> Dataset | None:
