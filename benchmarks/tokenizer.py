@@ -14,7 +14,7 @@ import tyro
 from torch.nn.functional import conv2d
 
 from nextscale.cli.bench import fastest
-from nextscale.draws import Draws, Part, generator_for
+from nextscale.draws import BatchPart, Draws, generator_for
 from nextscale.recipes.generators import var
 from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.memory import keep_freed_memory
@@ -39,7 +39,7 @@ def main(batch: int = 32, steps: int = 10, precision: Literal["float32", "bfloat
     task.module.train()
     times = []
     for i in range(steps + 3):
-        part = Part({"image": images}, Draws(generator_for(0, i), batch, slice(0, batch)))
+        part = BatchPart({"image": images}, Draws(generator_for(0, i), batch, slice(0, batch)))
         begun = time.perf_counter()
         task.step([part], i)
         times.append(time.perf_counter() - begun)

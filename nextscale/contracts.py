@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.draws import Draws, Part
+from nextscale.draws import BatchPart, Draws
 from nextscale.schedule import Schedule, Span
 from nextscale.tokens import Tokens
 
@@ -429,7 +429,7 @@ class Objective(Protocol):
         """Networks that it needs and does not train, made of the weights from which training starts (also of a run that goes
         on); they are kept as `run.frozen`."""
 
-    def loss(self, run: Run, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, run: Run, part: BatchPart, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log; `run`: the training (`training.generator_task.Run`). It may draw
         samples. All random numbers come from `part.draws`."""
 

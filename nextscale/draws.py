@@ -50,7 +50,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Some images of a batch, and their random numbers."""
 
     batch: dict[str, Any]  # entries [rows, ...]: tensors, lists, named tuples of tensors, or dicts of those

@@ -37,8 +37,8 @@ Role = Literal["trained", "frozen", "external"]
 class Part:
     """A network beside tokenizer and model: a refiner, a teacher, a text encoder.
 
-    trained, frozen: its weights are saved with the system. external: they are somebody else's; the recipe's `build` gets them
-    again when the system is loaded.
+    trained: `train_model` trains it with the model; its weights are saved with the system. frozen: it is not trained, but saved.
+    external: its weights are somebody else's; the recipe's `build` gets them again when the system is loaded.
     """
 
     module: nn.Module

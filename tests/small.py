@@ -2,7 +2,7 @@
 
 import torch
 
-from nextscale.draws import Draws, Part
+from nextscale.draws import BatchPart, Draws
 from nextscale.recipes.generators import var
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 
@@ -17,4 +17,4 @@ def small(**changes: object) -> var.Config:
 def parts(batch, seed=0):
     """A whole batch as the one part that a process alone gets, for `task.step`."""
     first = next(iter(batch.values()))
-    return [Part(batch, Draws(torch.Generator().manual_seed(seed), len(first)))]
+    return [BatchPart(batch, Draws(torch.Generator().manual_seed(seed), len(first)))]

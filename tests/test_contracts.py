@@ -38,7 +38,7 @@ from nextscale.settings import Settings
 from nextscale.system import Part, System, recipe_names
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.tokens import each, first_tensor
 from nextscale.training.objective import TeacherForcing
 
@@ -126,11 +126,11 @@ class NoSettings(Settings):
     """Probes have none."""
 
 
-def probe_tokenizer(pyramid=None) -> Tokenizer:
+def probe_tokenizer(pyramid=None) -> ImageTokenizer:
     """16x16 pixels to 4x4 vectors of 4 channels."""
     pyramid = pyramid or ResidualPyramid(CODES, len(SCHEDULE))
     shape = AutoencoderSettings(width=8, multipliers=(1,), patch=4, blocks=1, groups=4, attention=False)
-    return Tokenizer(shape, pyramid)
+    return ImageTokenizer(shape, pyramid)
 
 
 def probe_model(schedule=SCHEDULE, **parts) -> Transformer:
@@ -862,7 +862,7 @@ def test_objectives_that_own_their_loss(objective, tmp_path):
 class SequenceTokenizer(nn.Module):
     """Sequences [B, 2, n] and maps [B, C, 1, n]."""
 
-    encode, f_hat = Tokenizer.encode, Tokenizer.f_hat
+    encode, f_hat = ImageTokenizer.encode, ImageTokenizer.f_hat
     stride, channels = 1, 2
 
     def __init__(self, schedule):
@@ -918,7 +918,7 @@ def test_sequences_are_no_pictures(tmp_path):
 class PlaneTokenizer(nn.Module):
     """Three planes [B, 3, 2, n, n] and maps [B, C, 3 n, n]."""
 
-    encode, f_hat = Tokenizer.encode, Tokenizer.f_hat
+    encode, f_hat = ImageTokenizer.encode, ImageTokenizer.f_hat
     stride, channels = 1, 2
 
     def __init__(self, schedule):

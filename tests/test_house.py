@@ -1,6 +1,8 @@
 """The house: rooms import downwards only, and the picture in the documents is that of the code."""
 
+import ast
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,13 @@ def test_the_core_imports_no_recipe():
 def test_no_two_files_have_one_name():
     names = [path.name for path in (ROOT / "nextscale").rglob("*.py") if not path.name.startswith("__")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_no_two_classes_have_one_name():
+    """But a recipe's settings, which are always its `Config`."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "nextscale").rglob("*.py")]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [name for name, times in Counter(names).items() if times > 1] == ["Config"]
 
 
 def test_architecture_md_lists_every_promise():

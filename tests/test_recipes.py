@@ -28,7 +28,7 @@ VAR_VARIANTS = {
     "wide first scale": {"sizes": (2, 3, 4)},
     "shared adaln": {
         "transformer": var.TransformerSettings(
-            depth=2, dim=32, num_heads=2, shared_adaln=True, unit_norm=False, init_head=1.0, init_gate=1.0
+            depth=2, dim=32, num_heads=2, shared_adaln=True, qk_norm=False, init_head=1.0, init_gate=1.0
         )
     },
     "phi of each scale, cosine": {

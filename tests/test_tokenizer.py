@@ -11,7 +11,7 @@ from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.codebook import Codebook
 from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.tokens import Soft
 
 
@@ -110,7 +110,7 @@ def test_entropy_term_makes_codes_alike_in_use():
 
 def test_gradients_reach_codes_phi_and_encoder():
     torch.manual_seed(0)
-    tokenizer = Tokenizer(
+    tokenizer = ImageTokenizer(
         AutoencoderSettings(width=8, multipliers=(1, 1), groups=4, blocks=1),
         ResidualPyramid(PyramidSettings(codebook_size=8, code_dim=4), 2),
     )
@@ -126,7 +126,7 @@ def test_gradients_reach_codes_phi_and_encoder():
 def test_published_tokenizer_has_the_published_size():
     """108,948,355 parameters in VAR's `vae_ch160v4096z32`."""
     with torch.device("meta"):
-        tokenizer = Tokenizer(AutoencoderSettings(), ResidualPyramid(PyramidSettings(), 10))
+        tokenizer = ImageTokenizer(AutoencoderSettings(), ResidualPyramid(PyramidSettings(), 10))
     assert sum(p.numel() for p in tokenizer.parameters()) == 108_948_355
 
 
@@ -142,18 +142,18 @@ def test_stride(patch, multipliers, stride):
 def test_latent_and_around():
     settings = AutoencoderSettings(width=8, multipliers=(1, 1), groups=4, blocks=1, latent=6, around=1)
     pyramid = ResidualPyramid(PyramidSettings(code_dim=4), 2)
-    tokenizer = Tokenizer(settings, pyramid)
+    tokenizer = ImageTokenizer(settings, pyramid)
     assert tokenizer.quant_conv.weight.shape == (4, 6, 1, 1)
     images = torch.rand(1, 3, 16, 16)
     assert tokenizer.decode(tokenizer.features(images)).shape == images.shape
-    bare = Tokenizer(settings.model_copy(update={"latent": None, "around": 0}), pyramid)
+    bare = ImageTokenizer(settings.model_copy(update={"latent": None, "around": 0}), pyramid)
     assert torch.equal(bare.features(images), bare.encoder(images))
     with pytest.raises(ValueError, match="around=0 leaves no convolution between 6 latent channels and codes of 4"):
-        Tokenizer(settings.model_copy(update={"around": 0}), pyramid)
+        ImageTokenizer(settings.model_copy(update={"around": 0}), pyramid)
 
 
 def test_wrong_sizes_say_what_to_do():
-    tokenizer = Tokenizer(
+    tokenizer = ImageTokenizer(
         AutoencoderSettings(width=8, multipliers=(1, 1), groups=4, blocks=1),
         ResidualPyramid(PyramidSettings(code_dim=4), 2),
     )

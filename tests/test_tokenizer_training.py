@@ -11,14 +11,14 @@ from torch import nn
 
 import nextscale as ns
 from nextscale.contracts import Kept, Lesson, Output, TrainablePyramid, TrainableTokenizer
-from nextscale.draws import Draws, Part
+from nextscale.draws import BatchPart, Draws
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.output import Images
 from nextscale.recipes.generators import flexvar, infinity, var
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.maps import Step, as_map, as_rows, encoded, pooled
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.tokenizer_task import TokenizerTask
 
@@ -71,7 +71,7 @@ class Averages(nn.Module):
 
 def test_a_pyramid_of_vectors_trains_and_is_judged_with_the_same_verbs(tmp_path):
     system = var.build(small(num_classes=3), seed=3, model=False)
-    system.tokenizer = Tokenizer(AUTOENCODER, Averages(8))
+    system.tokenizer = ImageTokenizer(AUTOENCODER, Averages(8))
     assert isinstance(system.tokenizer.pyramid, TrainablePyramid) and isinstance(system.tokenizer, TrainableTokenizer)
     config = CONFIG.model_copy(update={"steps": 30, "lr": 3e-3})
     loss = TokenizerLoss(quantize_start=0.1, restart_every=5, drop_scales=0.5)
@@ -133,7 +133,7 @@ class SignalTokenizer(nn.Module):
     def decode(self, f_hat):
         return self.decoder(f_hat[:, :, 0])
 
-    f_hat = Tokenizer.f_hat
+    f_hat = ImageTokenizer.f_hat
 
 
 def test_a_tokenizer_of_signals_trains_and_is_judged():
@@ -151,7 +151,7 @@ def test_a_tokenizer_of_signals_trains_and_is_judged():
         group["lr"] = 1e-2
     first = task.validate(task.module)
     for step in range(60):
-        task.step([Part({"signal": content}, Draws(torch.Generator().manual_seed(step), 16))], step)
+        task.step([BatchPart({"signal": content}, Draws(torch.Generator().manual_seed(step), 16))], step)
     last = task.validate(task.module)
     assert task.score(last) == last["closeness"] > first["closeness"] / 2  # half as far away
     assert next(iter(last)) == "closeness" and last["perplexity/2"] > 2
@@ -177,7 +177,7 @@ def gradients(name: str, loss: TokenizerLoss, passes: int, step: int = 5) -> dic
     size = 8 // passes
     slices = [slice(i * size, (i + 1) * size) for i in range(passes)]
     task.step(
-        [Part({"image": images[rows]}, Draws(torch.Generator().manual_seed(4), 8, rows)) for rows in slices], step
+        [BatchPart({"image": images[rows]}, Draws(torch.Generator().manual_seed(4), 8, rows)) for rows in slices], step
     )
     found = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
     assert any(gradient.any() for gradient in found.values())

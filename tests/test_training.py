@@ -16,6 +16,7 @@ from nextscale.contracts import Kept
 from nextscale.data.transforms import AugmentSettings
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
+from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.processes import Team
 from nextscale.recipes.generators import var
 from nextscale.training import checkpoints
@@ -26,6 +27,7 @@ from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.fit import Order, decay_groups
 from nextscale.training.generator_task import GeneratorTask
 from nextscale.training.rates import learning_rate
+from nextscale.training.resume import refuse_others
 from nextscale.training.tokenizer_task import TokenizerTask
 
 
@@ -262,6 +264,17 @@ def test_generator_learns_its_tokens(tmp_path):
     for k in range(4):
         assert 0 <= metrics(tmp_path, f"val/accuracy/{k}")[60] <= 1
     assert ns.load(tmp_path / "system").model is not None
+
+
+def test_a_setting_that_had_another_name_is_the_same_setting(tmp_path):
+    settings = TransformerSettings(depth=1, dim=8, num_heads=1, qk_norm=False)
+    old = {name.replace("qk_norm", "unit_norm"): value for name, value in settings.model_dump().items()}
+    assert "unit_norm" in old and TransformerSettings.model_validate(old) == settings
+    before, now = ({"system": {"transformer": part}} for part in (old, settings.model_dump()))
+    refuse_others(before, now, tmp_path)
+    other = settings.model_copy(update={"qk_norm": True}).model_dump()
+    with pytest.raises(ValueError, match="system.transformer.qk_norm was False, now True"):
+        refuse_others(before, {"system": {"transformer": other}}, tmp_path)
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):

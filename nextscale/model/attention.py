@@ -99,7 +99,7 @@ class KVCache:
         return attend_by_scale(q, k, v, span, self.segments, scale)
 
 
-class Cache:
+class ModelCache:
     """The caches of all layers; made for one run of the scale loop. A value, as they are."""
 
     def __init__(self, layers: Sequence[LayerCache]) -> None:
@@ -108,13 +108,13 @@ class Cache:
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
 
-    def fork(self, commit: bool = True) -> Cache:
+    def fork(self, commit: bool = True) -> ModelCache:
         """One that goes on from here; this one stays as it is."""
-        return Cache([layer.fork(commit) for layer in self.layers])
+        return ModelCache([layer.fork(commit) for layer in self.layers])
 
-    def select(self, rows: Tensor) -> Cache:
+    def select(self, rows: Tensor) -> ModelCache:
         """Chosen rows (int64 [rows']), re-ordered or copied."""
-        return Cache([layer.select(rows) for layer in self.layers])
+        return ModelCache([layer.select(rows) for layer in self.layers])
 
     @property
     def nbytes(self) -> int:
@@ -223,18 +223,18 @@ class Projection(Linear):
 
 
 class SelfAttention(nn.Module):
-    """VAR's attention: fused projection, biases on q and v only, unit-norm q and k with a learned scale a head.
+    """VAR's attention: fused projection, biases on q and v only, qk-norm with a learned scale a head.
 
-    Without `unit_norm` the softmax scale is the reference's 0.25 / sqrt(head_dim).
+    Without `qk_norm` the softmax scale is the reference's 0.25 / sqrt(head_dim).
     """
 
-    def __init__(self, dim: int, num_heads: int, unit_norm: bool = True) -> None:
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Projection(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if unit_norm else None
+        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4))) if qk_norm else None
         self.proj = Linear(dim, dim)
 
     @property

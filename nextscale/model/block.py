@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Block as ABlock
-from nextscale.contracts import Branch as ABranch
-from nextscale.contracts import Layer, LayerCache, Opaque
+from nextscale.contracts import Block, Branch, Layer, LayerCache, Opaque
 from nextscale.model.attention import KVCache, SelfAttention
 from nextscale.model.lean import Linear, checkpointed
 from nextscale.model.transformer_settings import TransformerSettings
@@ -42,7 +40,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(projected, approximate="tanh"))
 
 
-class Branch(nn.Module):
+class ResidualBranch(nn.Module):
     """One residual branch: norm, modulate, layer, gate. What is added to the residual stream, not the stream itself.
 
     A layer works in two steps, `project(x)` and `forward(projected, span, cache)`, so that what lies before the first
@@ -124,7 +122,7 @@ def modulation(settings: TransformerSettings, parts: int = 6) -> OwnModulation |
     return (SharedModulation if settings.shared_adaln else OwnModulation)(settings.dim, parts)
 
 
-class Block(nn.Module):
+class AdaLNBlock(nn.Module):
     """Attention and feed-forward branches, each modulated by the condition.
 
     What the transformer and those who wrap its branches rely on: `prepare` computes once an image what depends on the
@@ -136,10 +134,12 @@ class Block(nn.Module):
         super().__init__()
         s = settings
         self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
-        attention = SelfAttention(s.dim, s.num_heads, s.unit_norm)
+        attention = SelfAttention(s.dim, s.num_heads, s.qk_norm)
         feed_forward = FeedForward(s.dim, round(s.dim * s.mlp_ratio))
-        self.branches: Sequence[Branch]
-        self.register_module("branches", module_list(Branch(each, s, drop_path) for each in (attention, feed_forward)))
+        self.branches: Sequence[ResidualBranch]
+        self.register_module(
+            "branches", module_list(ResidualBranch(each, s, drop_path) for each in (attention, feed_forward))
+        )
         self.modulation = modulation(s)
 
     def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
@@ -147,7 +147,7 @@ class Block(nn.Module):
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         return parts.unflatten(1, (3, -1)).unbind(2)
 
-    def with_branches(self, branches: Iterable[ABranch]) -> Block:
+    def with_branches(self, branches: Iterable[Branch]) -> AdaLNBlock:
         """A block that shares all weights with this one but has these branches."""
         return replaced(self, branches=module_list(branches))
 
@@ -173,16 +173,16 @@ class Block(nn.Module):
 class BlockWrapper(nn.Module):
     """A block around another one: what it does not change is the inner block's."""
 
-    def __init__(self, block: ABlock) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
-        self.block: ABlock
+        self.block: Block
         self.register_module("block", as_module(block))
 
     @property
-    def branches(self) -> Sequence[ABranch]:
+    def branches(self) -> Sequence[Branch]:
         return self.block.branches
 
-    def with_branches(self, branches: Iterable[ABranch]) -> BlockWrapper:
+    def with_branches(self, branches: Iterable[Branch]) -> BlockWrapper:
         """The same around the inner block with these branches."""
         return replaced(self, block=as_module(self.block.with_branches(branches)))
 

@@ -77,8 +77,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class RotaryAttention(SelfAttention):
     """Self-attention whose queries and keys are turned after they are scaled; a cache holds turned keys."""
 
-    def __init__(self, dim: int, num_heads: int, rotary: Rotary, unit_norm: bool = True) -> None:
-        super().__init__(dim, num_heads, unit_norm)
+    def __init__(self, dim: int, num_heads: int, rotary: Rotary, qk_norm: bool = True) -> None:
+        super().__init__(dim, num_heads, qk_norm)
         self.rotary = rotary
 
     def place(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:

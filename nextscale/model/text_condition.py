@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Branch as ABranch
-from nextscale.contracts import Conditioner, LayerCache, Opaque
+from nextscale.contracts import Branch, Conditioner, LayerCache, Opaque
 from nextscale.model.attention import KVCache, Projection, by_products, trains_in_half_on_cpu
-from nextscale.model.block import Branch, FeedForward, modulation
+from nextscale.model.block import FeedForward, ResidualBranch, modulation
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
 from nextscale.model.transformer_settings import TransformerSettings
@@ -96,7 +95,7 @@ class TextCondition(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Learned queries, one a head, that ask all tokens of a text: [B, T, E] -> [B, D]."""
+    """Learned queries, one a head, that attend to all tokens of a text: [B, T, E] -> [B, D]."""
 
     def __init__(self, text_dim: int, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class AttentionPool(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The image's tokens ask those of a context: no unit norm, no positions, biases on queries and values only."""
+    """The image's tokens attend to those of a context: no qk-norm, no positions, biases on queries and values only."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -181,10 +180,10 @@ class TextBlock(nn.Module):
         s = settings
         self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         hidden = round_to * max(1, round(s.dim * s.mlp_ratio / round_to))
-        attention = RotaryAttention(s.dim, s.num_heads, rotary, s.unit_norm)
-        first, context = Branch(attention, s, drop_path), ContextBranch(s, context_scale)
-        last = Branch(FeedForward(s.dim, hidden), s, drop_path)
-        self.branches: tuple[Branch, ContextBranch, Branch]
+        attention = RotaryAttention(s.dim, s.num_heads, rotary, s.qk_norm)
+        first, context = ResidualBranch(attention, s, drop_path), ContextBranch(s, context_scale)
+        last = ResidualBranch(FeedForward(s.dim, hidden), s, drop_path)
+        self.branches: tuple[ResidualBranch, ContextBranch, ResidualBranch]
         self.register_module("branches", module_list((first, context, last)))
         self.modulation = modulation(s)
 
@@ -194,7 +193,7 @@ class TextBlock(nn.Module):
         first, last = parts.unflatten(1, (3, 2)).unbind(2)
         return first, self.branches[1].prepare(condition), last
 
-    def with_branches(self, branches: Iterable[ABranch]) -> TextBlock:
+    def with_branches(self, branches: Iterable[Branch]) -> TextBlock:
         """A block that shares all weights with this one but has these branches."""
         return replaced(self, branches=module_list(branches))
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Block as ABlock
-from nextscale.contracts import Conditioner, Head, Positions
-from nextscale.model.attention import Cache
-from nextscale.model.block import Block, OwnModulation, plain_norm
+from nextscale.contracts import Block, Conditioner, Head, Positions
+from nextscale.model.attention import ModelCache
+from nextscale.model.block import AdaLNBlock, OwnModulation, plain_norm
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.modules import as_module, module_list, replaced
@@ -21,7 +20,7 @@ from nextscale.schedule import Schedule, Span
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCondition:
     """What depends on the condition alone, computed once an image: start tokens, each block's and the head's part, and the
     tokens before the image."""
 
@@ -34,9 +33,9 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.start)
 
-    def select(self, rows: Tensor) -> Prepared:
+    def select(self, rows: Tensor) -> PreparedCondition:
         """Keep, re-order or copy rows (int64 [rows'])."""
-        return Prepared(*(_select(getattr(self, part.name), rows) for part in fields(self)))
+        return PreparedCondition(*(_select(getattr(self, part.name), rows) for part in fields(self)))
 
     def seen_by(self, span: Span) -> Span:
         """The span behind the prefix."""
@@ -70,7 +69,7 @@ class Transformer(nn.Module):
         conditioner: Conditioner,
         positions: Positions,
         head: Head,
-        block: Callable[[TransformerSettings, float], ABlock] = Block,
+        block: Callable[[TransformerSettings, float], Block] = AdaLNBlock,
         positions_before: tuple[int, ...] = (0,),
         compose: Callable[[Condition], Condition] | None = None,
     ) -> None:
@@ -85,7 +84,7 @@ class Transformer(nn.Module):
         self.embed_input = nn.Linear(code_dim, dim)
         self.shared_modulation = OwnModulation(dim, parts=6) if settings.shared_adaln else None
         rates = [settings.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks: Sequence[ABlock]
+        self.blocks: Sequence[Block]
         self.register_module("blocks", module_list(block(settings, rate) for rate in rates))
         self.positions_before, self.compose = positions_before, compose
         self.norm = plain_norm(settings)
@@ -93,7 +92,7 @@ class Transformer(nn.Module):
         self.head: Head
         self.register_module("head", as_module(head))
 
-    def prepare(self, condition: Condition) -> Prepared:
+    def prepare(self, condition: Condition) -> PreparedCondition:
         """Everything that depends on the condition alone; call it once an image, not once a scale."""
         if self.compose is not None:
             condition = self.compose(condition)
@@ -101,9 +100,9 @@ class Transformer(nn.Module):
         if self.shared_modulation is not None:
             condition = condition.replace(vec=self.shared_modulation(condition.vec))
         blocks = tuple(block.prepare(condition) for block in self.blocks)
-        return Prepared(condition.start, blocks, head, condition.prefix, condition.masks.get("prefix"))
+        return PreparedCondition(condition.start, blocks, head, condition.prefix, condition.masks.get("prefix"))
 
-    def embed(self, inputs: Tensor | None, prepared: Prepared, span: Span) -> Tensor:
+    def embed(self, inputs: Tensor | None, prepared: PreparedCondition, span: Span) -> Tensor:
         """Prefix, start tokens and inputs, [B, prefix + l, D].
 
         `inputs` [B, l', C] are the pyramid's inputs of the span's scales. The first scale has none: start tokens open it.
@@ -118,7 +117,13 @@ class Transformer(nn.Module):
         return torch.cat(parts, dim=1)
 
     def hidden(
-        self, inputs: Tensor | None, prepared: Prepared, span: Span, cache: Cache | None = None, *, commit: bool = True
+        self,
+        inputs: Tensor | None,
+        prepared: PreparedCondition,
+        span: Span,
+        cache: ModelCache | None = None,
+        *,
+        commit: bool = True,
     ) -> Tensor:
         """Hidden states for the head, float32 [B, l, D].
 
@@ -137,11 +142,11 @@ class Transformer(nn.Module):
         scale, shift = prepared.head.unbind(1)
         return torch.addcmul(shift, self.norm(h[:, span.leading :]), 1 + scale).float()
 
-    def new_cache(self, prepared: Prepared, schedule: Schedule) -> Cache:
+    def new_cache(self, prepared: PreparedCondition, schedule: Schedule) -> ModelCache:
         """An empty cache for the rows of `prepared` and all scales of a schedule."""
         length = schedule.length + (0 if prepared.prefix is None else prepared.prefix.shape[1])
         like = self.embed_input.weight
-        return Cache([block.new_cache(len(prepared), length, like) for block in self.blocks])
+        return ModelCache([block.new_cache(len(prepared), length, like) for block in self.blocks])
 
     def flop(self, schedule: Schedule) -> float:
         """Floating-point operations of a forward pass for one image, estimated: those of the matrix products in branches,
@@ -152,7 +157,7 @@ class Transformer(nn.Module):
         pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))  # of queries and keys
         return 2.0 * weights * schedule.length + 4 * pairs * self.settings.dim * len(self.blocks)
 
-    def with_blocks(self, blocks: Iterable[ABlock]) -> Transformer:
+    def with_blocks(self, blocks: Iterable[Block]) -> Transformer:
         """A transformer that shares all weights with this one but has these blocks: how methods wrap blocks from outside."""
         return replaced(self, blocks=module_list(blocks))
 

@@ -1,6 +1,6 @@
 """Settings of the transformer."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ class TransformerSettings(Settings):
     num_heads: int = Field(16, ge=1, description="N, attention heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the feed-forward / D")
     shared_adaln: bool = Field(False, description="one AdaLN layer for all blocks instead of one each")
-    unit_norm: bool = Field(True, description="attention on unit-norm queries and keys")
+    qk_norm: bool = Field(True, description="attention on queries and keys of length one (qk-norm)")
     drop_path: float = Field(0.0, ge=0, lt=1, description="drop path of the last block; rises linearly from 0")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout at the end of each branch")
     norm: Literal["layer", "rms"] = Field("layer", description="the norms in branches and before the head")
@@ -23,6 +23,14 @@ class TransformerSettings(Settings):
     init_head: float = Field(0.02, gt=0, description="initial head weights / usual ones")
     init_adaln: float = Field(0.5, gt=0, description="initial AdaLN scale and shift weights / usual ones")
     init_gate: float = Field(1e-5, gt=0, description="initial AdaLN gate weights / usual ones")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_named_now(cls, values: Any) -> Any:
+        """`qk_norm` was called `unit_norm` in systems that were saved before."""
+        if isinstance(values, dict) and "unit_norm" in values:
+            return {"qk_norm" if name == "unit_norm" else name: value for name, value in values.items()}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerSettings":

@@ -42,7 +42,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptEntries:
     """What a conversion keeps beside a system: entries without a use, and the name of the model if it was published."""
 
     entries: Mapping[str, Tensor]
@@ -185,7 +185,7 @@ def _read_system(
     checkpoint: str | os.PathLike[str] | None,
     own_tokenizer: bool,
     verify: bool,
-) -> tuple[System, Kept]:
+) -> tuple[System, KeptEntries]:
     """The system, and what its files hold besides."""
     layout = source.layout
     vae_path, model_path = _find_files(source, folder, checkpoint, own_tokenizer)
@@ -219,7 +219,7 @@ def _read_system(
                 f"the files of {source.name} hold numbers that are not finite, in {', '.join(bad[:5])}; get them again"
             )
     entries = {name: state[name] for state in (vae_state, model_state) for name in layout.unread if name in state}
-    return system, Kept(entries, source.name)
+    return system, KeptEntries(entries, source.name)
 
 
 def _find_files(
@@ -311,15 +311,15 @@ def _hint(source: Source, vae: Mapping[str, Tensor], model: Mapping[str, Tensor]
 # ---- what goes along with a converted system ---------------------------------------------------------------------------
 
 
-def _write_kept(path: Path, kept: Kept) -> None:
+def _write_kept(path: Path, kept: KeptEntries) -> None:
     own = {name: tensor.detach().clone().contiguous() for name, tensor in kept.entries.items()}
     with atomic_write(path) as temporary:
         save_file(own, temporary, metadata={"published": json.dumps(kept.name)})
 
 
-def _read_kept(path: Path, layout: Layout) -> Kept:
+def _read_kept(path: Path, layout: Layout) -> KeptEntries:
     if not path.is_file():
-        return Kept({})
+        return KeptEntries({})
     try:
         with safe_open(path, framework="pt") as file:
             entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -332,7 +332,7 @@ def _read_kept(path: Path, layout: Layout) -> Kept:
         raise ValueError(
             f"{path} must hold {' and '.join(layout.unread) or 'no entries'} alone, got {unknown}; delete it to start them anew"
         )
-    return Kept(entries, name)
+    return KeptEntries(entries, name)
 
 
 def _card(source: Source) -> str:

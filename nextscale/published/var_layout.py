@@ -69,7 +69,7 @@ TRANSFORMER = (
     Argument("norm_eps", 1e-6, "transformer.eps"),
     Argument("shared_aln", False, "transformer.shared_adaln"),
     ignored("cond_drop_rate", 0.1),
-    Argument("attn_l2_norm", False, "transformer.unit_norm"),
+    Argument("attn_l2_norm", False, "transformer.qk_norm"),
     sides("patch_nums"),
     ignored("flash_if_available", True),
     ignored("fused_if_available", True),

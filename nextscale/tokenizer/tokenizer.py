@@ -11,7 +11,7 @@ from nextscale.tokenizer.autoencoder import AutoencoderSettings, Decoder, Encode
 from nextscale.tokens import Tokens, first_tensor
 
 
-class Tokenizer(nn.Module):
+class ImageTokenizer(nn.Module):
     """Encoder, pyramid, decoder. Images are [B, 3, H, W] in [-1, 1]; feature maps [B, C, H / stride, W / stride]."""
 
     def __init__(self, autoencoder: AutoencoderSettings, pyramid: TrainablePyramid) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nextscale import __version__
 from nextscale.data.dataset import collate
-from nextscale.draws import Draws, Part, generator_for, rows_of
+from nextscale.draws import BatchPart, Draws, generator_for, rows_of
 from nextscale.files import atomic_write
 from nextscale.processes import Team
 from nextscale.training.average import Average
@@ -55,7 +55,7 @@ class Task(Protocol):
     @property
     def flop_per_image(self) -> float: ...
 
-    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+    def step(self, parts: Sequence[BatchPart], step: int) -> dict[str, Tensor | float]:
         """One optimizer step on this process's parts of a batch; returns metrics, `loss` and `grad_norm` among them."""
 
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -254,7 +254,7 @@ def fit(
         collate_fn=getattr(data, "collate", collate),
     )
 
-    def parts_of(batch: dict[str, Any], step: int) -> list[Part]:
+    def parts_of(batch: dict[str, Any], step: int) -> list[BatchPart]:
         """The pieces of this process's share, augmented, with the random numbers of their images."""
         parts = []
         for piece in pieces:
@@ -263,7 +263,7 @@ def fit(
             if transform is not None:
                 augmenting = generator_for(config.seed, step, "augment")
                 some = transform(some, Draws(augmenting, config.batch_size, piece))
-            parts.append(Part(some, Draws(generator_for(config.seed, step), config.batch_size, piece)))
+            parts.append(BatchPart(some, Draws(generator_for(config.seed, step), config.batch_size, piece)))
         return parts
 
     task.module.train()  # a system comes in eval mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nextscale.contracts import LayerCache, Model, Objective, Opaque
-from nextscale.draws import Part
+from nextscale.draws import BatchPart
 from nextscale.encoded import Choices, EncodedImages, not_said, said_by
 from nextscale.model.block import BlockWrapper
 from nextscale.modules import as_module
@@ -42,7 +42,7 @@ class Run:
         """The context in which a model runs forward, in the precision of the run."""
         return autocast(self.config)
 
-    def told(self, part: Part) -> dict[str, list[Any]]:
+    def told(self, part: BatchPart) -> dict[str, list[Any]]:
         """What is told of the images of a part of a batch, by name; where several fit, one of them at random."""
         if "told" in part.batch:
             return self.data.pick(part.batch["told"], part.draws)
@@ -109,11 +109,11 @@ class GeneratorTask:
         self.tokens_per_image = system.schedule.length
         self.flop_per_image = 3 * model.flop(system.schedule)  # with the backward pass
 
-    def step(self, parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+    def step(self, parts: Sequence[BatchPart], step: int) -> dict[str, Tensor | float]:
         optimizer, scaler = self.optimizers["model"], self.scalers["model"]
         return descend(self.module, optimizer, scaler, self.forward, parts, step, self.config.clip, self.team)
 
-    def losses(self, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def losses(self, part: BatchPart, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of a part of a batch, and what to log."""
         return self.objective.loss(self.run, part, step)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Conditioner, Pyramid
-from nextscale.draws import Draws, Part
+from nextscale.draws import BatchPart, Draws
 from nextscale.evaluation.likelihood import evaluate_likelihood
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.pyramid import teacher_inputs
@@ -53,7 +53,7 @@ class NextScale:
         """No other networks."""
         return {}
 
-    def loss(self, run: Run, part: Part, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, run: Run, part: BatchPart, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The mean loss of a part of a batch's tokens under the model's head, and the same for each scale."""
         system, model, draws, settings = run.system, run.model, part.draws, run.loss
         content = each(lambda t: t.to(run.config.device), part.batch["content"])

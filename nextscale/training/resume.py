@@ -47,6 +47,9 @@ FREE = (
     "workers",
 )
 
+# Settings that had another name when a run may have begun.
+RENAMED = {"system.transformer.unit_norm": "system.transformer.qk_norm"}
+
 
 def recorded(value: Any) -> Any:
     """A setting as a run's files hold it, the same each time that a program starts."""
@@ -118,7 +121,7 @@ def resume(
         checkpoints.clear(after=found.step if found else 0)
     if found is None:
         return 0
-    _refuse_others(found.facts["settings"], settings, checkpoints.folder.parent)
+    refuse_others(found.facts["settings"], settings, checkpoints.folder.parent)
     shapes = found.shapes()
     try:
         explain_mismatch(
@@ -166,7 +169,7 @@ def _prepare(optimizer: Optimizer, parameters: Mapping[str, Tensor], shapes: Map
         optimizer.state[parameter][key] = like
 
 
-def _refuse_others(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def refuse_others(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Raise ValueError if settings that change what is computed are others than those that the run began with."""
     before, now = _flat(before), _flat(_as_known(now, before))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name) and not name.startswith(FREE)]
@@ -195,8 +198,9 @@ def _as_known(now: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str,
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by names like `loss.l1`."""
+    """Nested settings by names like `loss.l1`, those of today."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        path = RENAMED.get(prefix + name, prefix + name)
+        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return flat

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.contracts import Kept, Lesson, Output, TrainableTokenizer, Upkeep
 from nextscale.data.images import on_white
-from nextscale.draws import Draws, Part, generator_for
+from nextscale.draws import BatchPart, Draws, generator_for
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.output import Images
 from nextscale.processes import Team
@@ -116,7 +116,7 @@ class TokenizerTask:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Sequence[Part], step: int) -> Metrics:
+    def step(self, parts: Sequence[BatchPart], step: int) -> Metrics:
         begun = step / self.config.steps
         quantize = begun >= self.loss.quantize_start
         if quantize and self.upkeep is not None and self.loss.init_codes and not self.usage.any():
@@ -143,7 +143,7 @@ class TokenizerTask:
             metrics["restarted"] = self.restart(residuals, generator_for(self.config.seed, step, "restart"))
         return metrics
 
-    def losses(self, part: Part, step: int) -> tuple[Tensor, Metrics]:
+    def losses(self, part: BatchPart, step: int) -> tuple[Tensor, Metrics]:
         """The loss of a part of a batch (the terms of Eq. 5 of VAR), and what to log; remembers what the step needs later."""
         content = part.batch[self.output.field].to(self.config.device)
         begun = step / self.config.steps

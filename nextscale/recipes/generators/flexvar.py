@@ -43,7 +43,7 @@ from nextscale.system import System
 from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.tokens import joined
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import Batch, NextScale, Wants
@@ -165,7 +165,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     config.check_classes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = Tokenizer(config.autoencoder, PlainPyramid(config.pyramid))
+        tokenizer = ImageTokenizer(config.autoencoder, PlainPyramid(config.pyramid))
         transformer = build_model(config) if model and config.num_classes else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))

@@ -40,7 +40,7 @@ from nextscale.system import Part, System
 from nextscale.system_settings import Sides, SystemSettings
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.self_correction import SelfCorrection as SelfCorrection
 
@@ -147,13 +147,13 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
     )
 
 
-def build_tokenizer(config: Config) -> Tokenizer:
+def build_tokenizer(config: Config) -> ImageTokenizer:
     """The tokenizer alone. With `fold`, what lies around the pyramid puts squares of vectors into channels and back."""
     pyramid = BitPyramid(config.bits, config.fold)
     if config.fold == 1:
-        return Tokenizer(config.autoencoder, pyramid)
+        return ImageTokenizer(config.autoencoder, pyramid)
     folded = {"latent": config.bits, "around": 1}
-    tokenizer = Tokenizer(config.autoencoder.model_copy(update=folded), pyramid)
+    tokenizer = ImageTokenizer(config.autoencoder.model_copy(update=folded), pyramid)
     tokenizer.quant_conv, tokenizer.post_quant_conv = nn.PixelUnshuffle(config.fold), nn.PixelShuffle(config.fold)
     tokenizer.stride *= config.fold
     return tokenizer

@@ -1,6 +1,6 @@
 """VAR: Visual Autoregressive Modeling (Tian et al., NeurIPS 2024, arXiv 2404.02905).
 
-Tokenizer: convolutional autoencoder with a residual pyramid. Model: transformer with AdaLN and unit-norm attention over
+Tokenizer: convolutional autoencoder with a residual pyramid. Model: transformer with AdaLN and qk-norm attention over
 learned positions, class condition, softmax head. Nothing differs from the paper; the settings add `patch`, `dropout`
 and rectangular schedules.
 
@@ -33,7 +33,7 @@ from nextscale.system import System
 from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
-from nextscale.tokenizer.tokenizer import Tokenizer
+from nextscale.tokenizer.tokenizer import ImageTokenizer
 from nextscale.training.config import TokenizerLoss
 from nextscale.training.objective import TeacherForcing
 
@@ -86,7 +86,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     config.check_classes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = Tokenizer(config.autoencoder, ResidualPyramid(config.pyramid, len(config.schedule)))
+        tokenizer = ImageTokenizer(config.autoencoder, ResidualPyramid(config.pyramid, len(config.schedule)))
         transformer = build_model(config) if model and config.num_classes else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
