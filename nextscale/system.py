@@ -37,7 +37,7 @@ Role = Literal["trained", "frozen", "external"]
 class Part:
     """A network beside tokenizer and model: a refiner, a teacher, a text encoder.
 
-    trained: `train_model` trains it with the model; its weights are saved with the system. frozen: it is not trained, but saved.
+    trained: `train_model` trains it with the model; its weights are saved with the system. frozen: saved, not trained.
     external: its weights are somebody else's; the recipe's `build` gets them again when the system is loaded.
     """
 

@@ -21,7 +21,7 @@ from nextscale.condition import Condition
 from nextscale.contracts import Encoded
 from nextscale.draws import normal
 from nextscale.model.attention import KVCache
-from nextscale.model.block import Block, BlockWrapper
+from nextscale.model.block import AdaLNBlock, BlockWrapper
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
 from nextscale.model.positions import LearnedPositions
@@ -486,7 +486,7 @@ class ScanCache(KVCache):
         return other
 
 
-class ScanBlock(Block):
+class ScanBlock(AdaLNBlock):
     """Attention inside a scale; a running sum carries what coarser scales say."""
 
     def __init__(self, settings, drop_path=0.0):

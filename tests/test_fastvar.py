@@ -127,7 +127,7 @@ def test_a_batch_equals_the_single_image_and_rows_can_be_selected(system, select
     assert all(torch.equal(a, b[[2, 0]]) for a, b in zip(chosen.tokens, plain, strict=True))
 
 
-@pytest.mark.parametrize("recipe", [var, infinity], ids=["Block", "TextBlock"])
+@pytest.mark.parametrize("recipe", [var, infinity], ids=["AdaLNBlock", "TextBlock"])
 def test_blocks_that_are_wrapped_are_pruned_as_well(recipe):
     """In whatever order: the branches are the inner block's."""
     plain, told = recipe.build(recipe.tiny(), seed=1), {var: LABELS, infinity: ["a red apple", "a cat", None]}[recipe]

@@ -10,7 +10,7 @@ from small import small
 from test_training import CONFIG, Squares, weights
 
 import nextscale as ns
-from nextscale.model.block import Block
+from nextscale.model.block import AdaLNBlock
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
 from nextscale.recipes.guidance import inside
@@ -102,7 +102,7 @@ def test_a_system_of_half_precision_grows_in_it_and_is_not_trained(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Scanned(Block):
+class Scanned(AdaLNBlock):
     """A block with a linear layer of its own, by a name that nobody knows."""
 
     def __init__(self, settings, drop_path=0.0):

@@ -273,7 +273,7 @@ def test_a_setting_that_had_another_name_is_the_same_setting(tmp_path):
     before, now = ({"system": {"transformer": part}} for part in (old, settings.model_dump()))
     refuse_others(before, now, tmp_path)
     other = settings.model_copy(update={"qk_norm": True}).model_dump()
-    with pytest.raises(ValueError, match="system.transformer.qk_norm was False, now True"):
+    with pytest.raises(ValueError, match=r"system\.transformer\.qk_norm was False, now True"):
         refuse_others(before, {"system": {"transformer": other}}, tmp_path)
 
 
