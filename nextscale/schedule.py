@@ -56,7 +56,7 @@ class Schedule:
     def __str__(self) -> str:
         return " ".join(str(h) if h == w else f"{h}x{w}" for h, w in self.sizes)
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each scale: `l_k = h_k * w_k`."""
         return tuple(h * w for h, w in self.sizes)

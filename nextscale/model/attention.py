@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ class Memory:
 
     def __init__(self, room: Tensor) -> None:
         self.room, self.used = room, 0
+        self.keys, self.values = room.unbind()
         self.guest: object = None
 
 
@@ -46,7 +46,8 @@ class KVCache:
 
     def fork(self, commit: bool = True) -> KVCache:
         """See `contracts.LayerCache`."""
-        other = copy.copy(self)
+        other = KVCache.__new__(type(self))  # as `copy.copy`, in a tenth of its time: each step forks every layer
+        other.__dict__.update(self.__dict__)
         other.outputs, other.committed = dict(self.outputs), commit
         return other
 
@@ -75,15 +76,15 @@ class KVCache:
             self.memory = Memory(torch.empty_like(room))
             self.memory.room[:, :, :, : self.length] = room[:, :, :, : self.length]
             self.memory.used = self.length
-        room = self.memory.room
-        room[0, :, :, self.length : end] = k
-        room[1, :, :, self.length : end] = v
+        keys, values = self.memory.keys, self.memory.values
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, k.shape[2]).copy_(v)
         if self.committed:
             self.memory.used, self.memory.guest = end, None
         else:
             self.memory.guest = self.mark = object()
         self.segments, self.length = (*self.segments, *_segments(span, self.length)), end
-        return room[0, :, :, :end], room[1, :, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def _check(self) -> None:
         """Raise RuntimeError if others have used the memory since this one looked ahead."""
@@ -186,6 +187,8 @@ def _ranges(span: Span, k: int, segments: Sequence[tuple[int, int]]) -> Ranges:
 
 
 def _cut(x: Tensor, ranges: Ranges) -> Tensor:
+    if ranges == [(0, x.shape[2])]:
+        return x
     pieces = [x[:, :, begin:end] for begin, end in ranges]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
