@@ -54,7 +54,8 @@ def list_() -> None:
     for name in names:
         system = ns.load(name)
         height, width = system.image_size
-        print(f"  {name:<14} {height}x{width} px, {_millions(system)} parameters, {len(system.classes)} classes")
+        told = "prompts" if system.texts else f"{len(system.classes)} classes"
+        print(f"  {name:<14} {height}x{width} px, {_millions(system)} parameters, {told}")
     if not names:
         print("  none in this installation")
     changing = {name: kinds for name, path in recipe_files().items() if (kinds := applies_to(path))}
