@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from nextscale.model.lean import Linear, checkpointed
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.modules import as_module, module_list, replaced
 from nextscale.schedule import Span
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FeedForward(nn.Module):
@@ -122,32 +126,22 @@ def modulation(settings: TransformerSettings, parts: int = 6) -> OwnModulation |
     return (SharedModulation if settings.shared_adaln else OwnModulation)(settings.dim, parts)
 
 
-class AdaLNBlock(nn.Module):
-    """Attention and feed-forward branches, each modulated by the condition.
+class BranchedBlock(nn.Module):
+    """Residual branches one after the other, and what makes their modulation.
 
-    What the transformer and those who wrap its branches rely on: `prepare` computes once an image what depends on the
-    condition alone, one entry a branch; every branch is called as `branch(h, prepared[i], span, cache)` and returns what
-    is added to the residual stream.
+    What the transformer and those who wrap its branches rely on: `prepare` of a subclass computes once an image what depends on
+    the condition alone, one entry a branch; every branch is called as `branch(h, prepared[i], span, cache)` and returns what is
+    added to the residual stream.
     """
 
-    def __init__(self, settings: TransformerSettings, drop_path: float = 0.0) -> None:
+    def __init__(self, settings: TransformerSettings, branches: Iterable[Branch]) -> None:
         super().__init__()
-        s = settings
-        self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
-        attention = SelfAttention(s.dim, s.num_heads, s.qk_norm)
-        feed_forward = FeedForward(s.dim, round(s.dim * s.mlp_ratio))
-        self.branches: Sequence[ResidualBranch]
-        self.register_module(
-            "branches", module_list(ResidualBranch(each, s, drop_path) for each in (attention, feed_forward))
-        )
-        self.modulation = modulation(s)
+        self.num_heads, self.head_dim = settings.num_heads, settings.dim // settings.num_heads
+        self.branches: Sequence[Branch]
+        self.register_module("branches", module_list(branches))
+        self.modulation = modulation(settings)
 
-    def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
-        """Gate, scale and shift of each branch, [B, 3, 1, D]."""
-        parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
-        return parts.unflatten(1, (3, -1)).unbind(2)
-
-    def with_branches(self, branches: Iterable[Branch]) -> AdaLNBlock:
+    def with_branches(self, branches: Iterable[Branch]) -> Self:
         """A block that shares all weights with this one but has these branches."""
         return replaced(self, branches=module_list(branches))
 
@@ -156,7 +150,7 @@ class AdaLNBlock(nn.Module):
         return KVCache(rows, self.num_heads, length, self.head_dim, like)
 
     def forward(
-        self, h: Tensor, prepared: tuple[Tensor, ...], span: Span, cache: LayerCache | None = None
+        self, h: Tensor, prepared: tuple[Opaque, ...], span: Span, cache: LayerCache | None = None
     ) -> Tensor:  # [B, l, D]
         for branch, own in zip(self.branches, prepared, strict=True):
             h = h + branch(h, own, span, cache)
@@ -166,8 +160,23 @@ class AdaLNBlock(nn.Module):
     def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
         """After the usual weights: a branch's last layer shrinks with depth, and gates start almost closed."""
         for branch in self.branches:
-            branch.layer.last.weight.div_(math.sqrt(2 * settings.depth))
+            layer = cast("ResidualBranch", branch).layer  # or another one around a layer
+            layer.last.weight.div_(math.sqrt(2 * settings.depth))
         self.modulation.reset_parameters(settings, generator)
+
+
+class AdaLNBlock(BranchedBlock):
+    """Attention and feed-forward branches, each modulated by the condition."""
+
+    def __init__(self, settings: TransformerSettings, drop_path: float = 0.0) -> None:
+        s = settings
+        layers = (SelfAttention(s.dim, s.num_heads, s.qk_norm), FeedForward(s.dim, round(s.dim * s.mlp_ratio)))
+        super().__init__(s, [ResidualBranch(layer, s, drop_path) for layer in layers])
+
+    def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
+        """Gate, scale and shift of each branch, [B, 3, 1, D]."""
+        parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
+        return parts.unflatten(1, (3, -1)).unbind(2)
 
 
 class BlockWrapper(nn.Module):

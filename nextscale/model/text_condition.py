@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.condition import Condition
-from nextscale.contracts import Branch, Conditioner, LayerCache, Opaque
-from nextscale.model.attention import KVCache, Projection, by_products, trains_in_half_on_cpu
-from nextscale.model.block import FeedForward, ResidualBranch, modulation
+from nextscale.contracts import Conditioner, LayerCache, Opaque
+from nextscale.model.attention import Projection, by_products, trains_in_half_on_cpu
+from nextscale.model.block import BranchedBlock, FeedForward, ResidualBranch
 from nextscale.model.lean import Linear
 from nextscale.model.rotary import Rotary, RotaryAttention
 from nextscale.model.transformer_settings import TransformerSettings
-from nextscale.modules import as_module, module_list, replaced
+from nextscale.modules import as_module
 from nextscale.schedule import Span
 
 
@@ -159,7 +159,7 @@ class ContextBranch(nn.Module):
         return update if self.scale is None else update * self.scale
 
 
-class TextBlock(nn.Module):
+class TextBlock(BranchedBlock):
     """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the condition's vector.
 
     Args:
@@ -176,44 +176,17 @@ class TextBlock(nn.Module):
         context_scale: float | None = None,
         round_to: int = 1,
     ) -> None:
-        super().__init__()
         s = settings
-        self.num_heads, self.head_dim = s.num_heads, s.dim // s.num_heads
         hidden = round_to * max(1, round(s.dim * s.mlp_ratio / round_to))
         attention = RotaryAttention(s.dim, s.num_heads, rotary, s.qk_norm)
         first, context = ResidualBranch(attention, s, drop_path), ContextBranch(s, context_scale)
-        last = ResidualBranch(FeedForward(s.dim, hidden), s, drop_path)
-        self.branches: tuple[ResidualBranch, ContextBranch, ResidualBranch]
-        self.register_module("branches", module_list((first, context, last)))
-        self.modulation = modulation(s)
+        super().__init__(s, (first, context, ResidualBranch(FeedForward(s.dim, hidden), s, drop_path)))
 
     def prepare(self, condition: Condition) -> tuple[Opaque, ...]:
         """What each branch needs of the condition: modulation [B, 3, 1, D], keys and values of the text, modulation."""
         parts = self.modulation(condition.vec)  # [B, 6, 1, D] in the order gate 1, 2, scale 1, 2, shift 1, 2
         first, last = parts.unflatten(1, (3, 2)).unbind(2)
-        return first, self.branches[1].prepare(condition), last
-
-    def with_branches(self, branches: Iterable[Branch]) -> TextBlock:
-        """A block that shares all weights with this one but has these branches."""
-        return replaced(self, branches=module_list(branches))
-
-    def new_cache(self, rows: int, length: int, like: Tensor) -> LayerCache:
-        """An empty cache for `rows` sequences of up to `length` tokens, of the dtype and on the device of `like`."""
-        return KVCache(rows, self.num_heads, length, self.head_dim, like)
-
-    def forward(
-        self, h: Tensor, prepared: tuple[Opaque, ...], span: Span, cache: LayerCache | None = None
-    ) -> Tensor:  # [B, l, D]
-        for branch, own in zip(self.branches, prepared, strict=True):
-            h = h + branch(h, own, span, cache)
-        return h
-
-    @torch.no_grad()
-    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
-        """After the usual weights: a branch's last layer shrinks with depth, and gates start almost closed."""
-        for branch in self.branches:
-            branch.layer.last.weight.div_(math.sqrt(2 * settings.depth))
-        self.modulation.reset_parameters(settings, generator)
+        return first, cast("ContextBranch", self.branches[1]).prepare(condition), last
 
 
 def keys_values(context: Tensor, linear: nn.Module, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
