@@ -192,6 +192,7 @@ def test_report_leaves_its_files(made: tuple[dict, Path]) -> None:
     text = (out / "report.md").read_text()
     assert "nan" not in text and all(f"]({name})" in text for name in ("samples.png", "neighbours.png"))
     about = found["about"]
+    assert about["dtype"] == "float32"
     assert about["torch"] == torch.__version__ and about["cpus"] >= 1 and about["nextscale"] == ns.__version__
 
 

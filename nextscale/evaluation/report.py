@@ -133,6 +133,7 @@ def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(system.device),
+        "dtype": str(min((p.dtype for p in system.parameters()), key=lambda t: t.itemsize)).removeprefix("torch."),
     }
 
 
@@ -336,7 +337,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         f"Made by `nextscale.evaluation.report.evaluate(system, data, out, samples={about['samples'] or 256}, "
         f"seed={about['seed']})` in {about['seconds']} s; nextscale {about['nextscale']}, torch {about['torch']}, "
-        f"{about['cpus']} CPUs, {about['threads']} threads, {about['device']}; {about['date']}.",
+        f"{about['cpus']} CPUs, {about['threads']} threads, {about['device']}, {about['dtype']}; {about['date']}.",
         "",
         "## Tokenizer",
         "",
