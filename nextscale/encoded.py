@@ -21,7 +21,7 @@ from typing import Any, Literal, Union
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -199,10 +199,15 @@ def _fields(kind: Any) -> tuple[str, ...]:
 def fingerprint(system: System) -> str:
     """A hash of everything that tokens depend on: the tokenizer's weights and the schedule."""
     digest = hashlib.blake2b(str(system.schedule).encode(), digest_size=16)
-    for name, tensor in sorted(as_module(system.tokenizer).state_dict().items()):
+    hash_weights(digest, as_module(system.tokenizer))
+    return digest.hexdigest()
+
+
+def hash_weights(digest: hashlib.blake2b, network: nn.Module) -> None:
+    """Put the names and the weights of a network into a hash."""
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(bytes_of(tensor))
-    return digest.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> bytes:

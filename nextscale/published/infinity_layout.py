@@ -17,7 +17,7 @@ from torch import Tensor
 from nextscale.aspect import BUDGETS, SQUARE
 from nextscale.contracts import Tokenizer
 from nextscale.published.arguments import Argument, Constructor, fixed, ignored
-from nextscale.published.keys import Rename, down_up_levels, rewrite
+from nextscale.published.keys import ADALN_KEYS, Rename, down_up_levels, rewrite
 from nextscale.published.layout import Arguments, Layout, Published, State
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.system import System
@@ -196,13 +196,7 @@ KEYS = (
     (r"^conditioner\.pool", "text_proj_for_sos.ca"),
     (r"^conditioner\.project", "text_proj_for_ca"),
     (r"^positions\.start$", "pos_start"),
-    (r"^positions\.scale", "lvl_embed"),
-    (r"^embed_input", "word_embed"),
-    (r"^shared_modulation\.linear", "shared_ada_lin.1"),
-    (r"^head_modulation\.linear", "head_nm.ada_lin.1"),
-    (r"^head\.linear", "head"),
-    (r"modulation\.linear", "ada_lin.1"),
-    (r"modulation\.offset", "ada_gss"),
+    *ADALN_KEYS,
     (r"branches\.0\.layer\.qkv", "sa.mat_qkv"),
     (r"branches\.0\.layer\.log_scale", "sa.scale_mul_1H11"),
     (r"branches\.0\.layer", "sa"),

@@ -108,10 +108,8 @@ def rewrite(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-MODEL_KEYS = (
-    (r"^conditioner\.embedding", "class_emb"),
-    (r"^positions\.start$", "pos_start"),
-    (r"^positions\.table$", "pos_1LC"),
+# What every descendant of VAR calls the same.
+ADALN_KEYS = (
     (r"^positions\.scale", "lvl_embed"),
     (r"^embed_input", "word_embed"),
     (r"^shared_modulation\.linear", "shared_ada_lin.1"),
@@ -119,6 +117,13 @@ MODEL_KEYS = (
     (r"^head\.linear", "head"),
     (r"modulation\.linear", "ada_lin.1"),
     (r"modulation\.offset", "ada_gss"),
+)
+
+MODEL_KEYS = (
+    (r"^conditioner\.embedding", "class_emb"),
+    (r"^positions\.start$", "pos_start"),
+    (r"^positions\.table$", "pos_1LC"),
+    *ADALN_KEYS,
     (r"branches\.0\.layer\.qkv", "attn.mat_qkv"),
     (r"branches\.0\.layer\.log_scale", "attn.scale_mul_1H11"),
     (r"branches\.0\.layer", "attn"),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nextscale.checkpoint import explain_mismatch
 from nextscale.contracts import Objective
-from nextscale.encoded import bytes_of
+from nextscale.encoded import hash_weights
 from nextscale.processes import Team
 from nextscale.settings import Settings
 from nextscale.training.average import Average
@@ -81,8 +81,7 @@ def recorded_weights(networks: Mapping[str, nn.Module]) -> dict[str, str]:
 
     def digest(network: nn.Module) -> str:
         found = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(network.state_dict().items()):
-            found.update(name.encode() + bytes_of(tensor))
+        hash_weights(found, network)
         return found.hexdigest()
 
     return {name: digest(network) for name, network in networks.items()}
