@@ -6,7 +6,7 @@ import torch
 import nextscale as ns
 
 # What is the most that may differ, by dtype: mean KL divergence of the predictions in nats a token, share of tokens whose most
-# likely choice differs, PSNR in dB of decoded images. Measured: bfloat16 1.9e-4, 1.8 %, 57; float16 2e-6, 0.3 %, 77.
+# likely choice differs, PSNR in dB of decoded images. What is measured is printed (-s).
 MOST = {torch.bfloat16: (1e-3, 0.03, 50.0), torch.float16: (1e-4, 0.01, 65.0)}
 LABELS = {"emoji-64": ["face-smiling", None], "emoji-64-text": ["a red apple", None]}
 
@@ -20,10 +20,16 @@ def test_half_precision_agrees_with_float32(name, dtype):
     expected, found = ns.logits(full, tokens, labels), ns.logits(half, tokens, labels)
     assert found.dtype == torch.float32  # logits are an island
     logs = expected.log_softmax(-1)
-    assert float((logs.exp() * (logs - found.log_softmax(-1))).sum(-1).mean()) < divergence
-    assert float((expected.argmax(-1) != found.argmax(-1)).float().mean()) < other
     images = ns.decode(half, tokens)
-    assert images.dtype == torch.float32 and float(ns.psnr(images, ns.decode(full, tokens)).min()) > psnr
+    measured = (
+        float((logs.exp() * (logs - found.log_softmax(-1))).sum(-1).mean()),
+        float((expected.argmax(-1) != found.argmax(-1)).float().mean()),
+        float(ns.psnr(images, ns.decode(full, tokens)).min()),
+    )
+    print(f"{name} {dtype}: {measured[0]:.1e} nats, {measured[1]:.2%}, {measured[2]:.1f} dB")
+    assert measured[0] < divergence
+    assert measured[1] < other
+    assert images.dtype == torch.float32 and measured[2] > psnr
     assert ns.sample(half, labels, seed=0).isfinite().all()
 
 
