@@ -27,7 +27,8 @@ class PyramidSettings(Settings):
     phi: int | Literal["each"] = Field(4, description="convolutions shared by the scales; 'each': one for every scale")
     phi_ratio: float = Field(0.5, ge=-1, le=1, description="share of the convolution in phi; 0: phi is the identity")
     limits: tuple[int, ...] | None = Field(
-        None, description="how many of the first codes each scale may use; default: all of them"
+        None,
+        description="how many of the first codes each scale may use; further scales, and by default all, use all codes",
     )
     standardize: bool = Field(
         False, description="standardize the residuals of each scale, so that every scale can use all codes"
@@ -64,12 +65,8 @@ class ResidualPyramid(nn.Module):
         self.code_dim, self.codes = settings.code_dim, settings.codebook_size
         self.codebook = Codebook(settings.codebook_size, settings.code_dim, settings.cosine)
         self.limits = settings.limits or ()
-        if self.limits and (
-            len(self.limits) != num_scales or min(self.limits) < 1 or max(self.limits) > settings.codebook_size
-        ):
-            raise ValueError(
-                f"limits must name 1 to {settings.codebook_size} codes for each of {num_scales} scales, got {self.limits}"
-            )
+        if self.limits and (min(self.limits) < 1 or max(self.limits) > settings.codebook_size):
+            raise ValueError(f"limits must name 1 to {settings.codebook_size} codes a scale, got {self.limits}")
         count = num_scales if settings.phi == "each" else settings.phi
         ratio = abs(settings.phi_ratio)  # the reference takes the absolute value
         self.each = settings.phi == "each"
