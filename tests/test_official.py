@@ -18,10 +18,11 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.cli import draw
 from nextscale.published import convert
+from nextscale.published.imagenet import imagenet_classes
 from nextscale.published.layout import from_states
 from nextscale.published.var_layout import LAYOUT, USAGE, VAR, VQVAE, PublishedVAR
 from nextscale.published.weight_files import read_pth
-from nextscale.recipes.generators import var
+from nextscale.recipes.generators import flexvar, var
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.training.rates import learning_rate, weight_decay
 
@@ -59,6 +60,10 @@ class Tiny(PublishedVAR):
     def constructor(self) -> tuple[dict, dict]:
         vae, transformer = super().constructor
         return vae | {"ch": 32, "vocab_size": 48, "z_channels": 8}, transformer | {"embed_dim": 32, "num_classes": 5}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return imagenet_classes()[:5]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -187,6 +192,15 @@ def test_d16_weights_are_taken_over_not_copied():
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_classes_have_their_names(files):
+    names = imagenet_classes()
+    assert len(names) == len(set(names)) == 1000
+    assert (names[207], names[980]) == ("golden retriever", "volcano")
+    assert var.OFFICIAL["var-d16"].classes == flexvar.OFFICIAL["flexvar-d16"].classes == names
+    system = ns.load_official("var-tiny", files)
+    assert torch.equal(ns.sample(system, ["tench, Tinca tinca"], seed=1), ns.sample(system, [0], seed=1))
 
 
 def test_load_official_is_from_official(files):

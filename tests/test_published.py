@@ -14,6 +14,7 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.published import convert, flexvar_layout, infinity_layout
 from nextscale.published.arguments import Argument, Constructor, fixed, settings_of
+from nextscale.published.imagenet import imagenet_classes
 from nextscale.published.weight_files import INDICES, SAFE_INDEX, read_shards, write_shards
 from nextscale.recipes.generators import flexvar, infinity
 from nextscale.settings import Settings
@@ -31,6 +32,10 @@ class TinyFlexVAR(flexvar_layout.PublishedFlexVAR):
         vae, model = super().constructor
         vae |= {"codebook_size": 24, "codebook_embed_dim": 8, "z_channels": 12, "ch": 32}
         return vae, model | {"embed_dim": 32, "num_heads": 2, "num_classes": 5, "patch_nums": (1, 2, 3)}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return imagenet_classes()[:5]
 
 
 class TinyInfinity(infinity_layout.PublishedInfinity):
@@ -174,7 +179,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys, name):
     assert capsys.readouterr().out.splitlines()[-1] == str(ours)
     assert "MIT" in (ours / "README.md").read_text() and name in (ours / "README.md").read_text()
     system = ns.load(ours)
-    assert system.config == TINY[name].config() and system.recipe == recipe_of(name).__name__.rpartition(".")[2]
+    assert system.config == TINY[name].named_config() and system.recipe == recipe_of(name).__name__.rpartition(".")[2]
     for other in (ns.load_official(name, files), ns.load_official(name, ours)):
         assert same_bits(system.state_dict(), other.state_dict())
     expected = recipe_of(name).from_official(*read(files, name), *TINY[name].constructor)

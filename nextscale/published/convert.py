@@ -204,7 +204,7 @@ def _read_system(
         system = from_states(
             layout,
             source.recipe.build,
-            source.published.config(),
+            source.published.named_config(),
             (vae_state, model_state),
             given=source.published.constructor[1],
             sources=(str(vae_path), str(model_path)),

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from nextscale.published.arguments import Argument, Constructor, ignored
+from nextscale.published.imagenet import imagenet_classes
 from nextscale.published.keys import Rename, model_key, rename_levels, rewrite
 from nextscale.published.layout import Arguments, Layout, Published, State
 from nextscale.published.var_layout import TRANSFORMER, attention_bias, zero_key_biases
@@ -118,6 +119,11 @@ class PublishedFlexVAR(Published):
     def beyond(self) -> dict[str, Any]:
         """The initial gates of its training."""
         return {"transformer.init_gate": self.init_gate}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of ImageNet."""
+        return imagenet_classes()
 
     @property
     def card(self) -> str:

@@ -167,6 +167,11 @@ class Published(Settings):
         return {}
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its classes; none where it is told something else."""
+        return ()
+
+    @property
     def card(self) -> str:
         """What it is, where its scores are from and its licence, for the README of a converted folder."""
         raise NotImplementedError
@@ -176,3 +181,7 @@ class Published(Settings):
         recipe = find_recipe(self.recipe)
         config = recipe.official_config(*self.constructor)
         return recipe.Config.model_validate(nested(self.beyond, config.model_dump()) | changes)
+
+    def named_config(self) -> Any:
+        """The same with the names of its classes, which no weights depend on."""
+        return self.config(classes=self.classes) if self.classes else self.config()

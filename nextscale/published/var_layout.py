@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nextscale.published.arguments import Argument, Constructor, fixed, ignored
+from nextscale.published.imagenet import imagenet_classes
 from nextscale.published.keys import Rename, model_key, tokenizer_key
 from nextscale.published.layout import Arguments, Layout, Published, State
 from nextscale.sampling.defaults import SamplingDefaults
@@ -199,6 +200,11 @@ class PublishedVAR(Published):
     def beyond(self) -> dict[str, Any]:
         """The initial gates of its training."""
         return {"transformer.init_gate": self.training.init_gate}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of ImageNet."""
+        return imagenet_classes()
 
     @property
     def card(self) -> str:
