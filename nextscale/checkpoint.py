@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,12 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.files import atomic_write, digest
+from nextscale.files import atomic_write, digest, read_json
 from nextscale.modules import as_module
-from nextscale.settings import Settings
+from nextscale.settings import Settings, faults
 from nextscale.system import System, find_method, find_recipe, refuse_mps
-
-MAX_CONFIG_BYTES = 10_000_000  # a config is text of a few kB; more is not ours
 
 
 class ChangeConfig(Settings):
@@ -159,7 +156,7 @@ def _settings(kind: type[Settings], values: dict[str, Any], folder: Path, what: 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe {what}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'} does not describe {what}: {faults(error, kind=kind)}") from error
 
 
 def _built(build: Callable[[], System]) -> System:
@@ -271,14 +268,12 @@ def _download(name: str) -> Path:
 
 
 def _read_config(path: Path) -> FolderConfig:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; that is no config of a system")
+    values = read_json(path, expected="the config of a system")
     try:
-        config = FolderConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy or download the folder again") from error
+        config = FolderConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path} is not the config of a system; copy or download the folder again: {error}") from error
+        said = faults(error, kind=FolderConfig)
+        raise ValueError(f"{path} is not the config of a system: {said}; copy or download the folder again") from error
     if "tokenizer" not in config.parts or not all(re.fullmatch(r"\w+", part) for part in config.parts):
         raise ValueError(f"{path}: a system needs a tokenizer, and parts have plain names, got {list(config.parts)}")
     return config

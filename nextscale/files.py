@@ -1,12 +1,19 @@
-"""Where files go and how they get there: the cache folder, and writes that are whole or absent."""
+"""Where files go, how they get there and how they are read: the cache folder, writes that are whole or absent, JSON of strangers."""
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from nextscale.settings import brief
+
+MAX_JSON_BYTES = 10_000_000  # settings and records are of a few kB; more is not ours
+MOST_NESTED = 100
 
 
 def cache_dir() -> Path:
@@ -115,3 +122,94 @@ def digest(path: Path) -> str:
     except FileNotFoundError:
         return ""
     return hashed.hexdigest()
+
+
+def check_readable(path: Path, expected: str = "a file") -> None:
+    """Raise FileNotFoundError or PermissionError, with what was expected, unless there is a file that can be read."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{brief_path(path)} is missing; expected {expected}") from None
+    except PermissionError as error:
+        raise PermissionError(f"no permission to look at {brief_path(path)}; expected {expected}") from error
+    except (OSError, ValueError) as error:  # a name that is too long, a null byte
+        raise FileNotFoundError(
+            f"{brief_path(path)} is no name of a file ({_reason(error)}); expected {expected}"
+        ) from None
+    if path.is_dir():
+        raise IsADirectoryError(f"{brief_path(path)} is a folder; expected {expected}")
+    if not path.is_file():
+        raise ValueError(f"{brief_path(path)} is no ordinary file; expected {expected}")
+    if found.st_size and not os.access(path, os.R_OK):
+        raise PermissionError(f"no permission to read {brief_path(path)}; expected {expected}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def brief_path(path: str | os.PathLike[str]) -> str:
+    """A path as a message shows it: on one line, and of a long one the end."""
+    text = os.fspath(path)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[-200:])
+    return shown if len(shown) <= 160 else "..." + shown[-157:]
+
+
+def read_json(path: Path, *, most: int = MAX_JSON_BYTES, expected: str = "a JSON file") -> Any:
+    """The value in a JSON file that anybody may have written.
+
+    Raises FileNotFoundError or PermissionError; ValueError for what is larger than `most` bytes, not UTF-8, not JSON, not
+    finite, nested deeper than `MOST_NESTED`, or names one key twice.
+    """
+    check_readable(path, expected)
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{brief_path(path)} has {size:,} bytes, more than the {most:,} that {expected} may have")
+    return parse_json(path.read_bytes(), brief_path(path))
+
+
+def parse_json(content: str | bytes, name: str) -> Any:
+    """The value that a JSON text says; `name` says in messages where it stood. Raises ValueError, as `read_json`."""
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (at byte {error.start}), so it is no JSON") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep; expected at most {MOST_NESTED} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON as it should be: {error}") from None
+    if _deeper(value, MOST_NESTED):
+        raise ValueError(f"{name} is nested too deep; expected at most {MOST_NESTED} levels")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a value is nested deeper than some levels."""
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            inner
+            for outer in layer
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (list, dict))
+        ]
+        if not layer:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which no number may be")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {brief(twice)} twice")
+    return table
