@@ -1,4 +1,4 @@
-"""Where files go, how they get there and how they are read: the cache folder, writes that are whole or absent, JSON of strangers."""
+"""Files: the cache folder, writes that are whole or absent, and JSON that anybody may have written."""
 
 import errno
 import hashlib
