@@ -107,8 +107,10 @@ def _fault(fault: Any, prefix: str, kind: type[BaseModel] | None) -> tuple[str, 
     if fault["type"] == "missing":
         return name, "is missing", ""
     words = _BOUNDS.get(fault["type"])
+    context = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in context.items()}
     said = words.format(**context) if words else fault["msg"][:1].lower() + fault["msg"][1:]
-    return name, said, brief(fault["input"])
+    got = fault["input"]
+    return name, said, f"{got:g}" if isinstance(got, float) else brief(got)
 
 
 def _names(kind: type[BaseModel] | None, path: list[str]) -> Iterator[str]:

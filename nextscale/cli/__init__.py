@@ -12,12 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import tyro
-
 import nextscale as ns
 from nextscale.cli import about, bench, change, draw, run
 from nextscale.cli.methods import explain, take_methods
 from nextscale.cli.options import SHIPPED
+from nextscale.cli.parse import parse
+from nextscale.settings import cut, faults
 
 HELP = """usage: nextscale COMMAND [options]
 
@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
+        text, status = _sentence(error)
+        print(f"error: {text}", file=sys.stderr)
+        return status
     return 0
 
 
@@ -100,8 +101,7 @@ def _dispatch(words: list[str]) -> None:
             explain(name, methods)
             return
         rest += [word for method in methods for word in ("--with", method.word())]
-        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-        tyro.cli(COMMANDS[name], prog=f"nextscale {name}", args=rest, config=config, use_underscores=False)
+        parse(COMMANDS[name], rest, f"nextscale {name}")()
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)};"
@@ -113,17 +113,29 @@ def _help() -> str:
     return HELP.format(shipped=SHIPPED, commands="\n".join(lines))
 
 
-def _sentence(error: Exception) -> str:
-    """What went wrong, in the words of the library: without error numbers and without links to documentation."""
+MOST = 600  # characters of a message
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    """What went wrong in one line, in the words of the library, and the exit status: 2 for what the user can mend, else 1."""
     from pydantic import ValidationError
 
+    status = 2
     if isinstance(error, ValidationError):
-        parts = [
-            f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg']}, got {fault['input']!r}"
-            for fault in error.errors()
-        ]
-        return "; ".join(parts)
-    if isinstance(error, OSError) and error.strerror:
+        text = faults(error)
+    elif isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+        text = f"out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else 'of the machine'}); "
+        text += "lower --batch-size, --count or the sizes"
+    elif isinstance(error, OSError) and error.strerror:
         name = str(error.filename or "")
-        return error.strerror if name in error.strerror else f"{error.strerror}: {name}"
-    return str(error) or type(error).__name__
+        text = error.strerror if name in error.strerror else f"{error.strerror}: {name}"
+    elif isinstance(error, (ValueError, FloatingPointError, OSError, ImportError)):
+        text = str(error) or type(error).__name__
+    else:
+        lines = str(error).strip().splitlines()
+        where = "" if os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0") else "; NEXTSCALE_DEBUG=1 shows where"
+        text, status = f"internal error: {type(error).__name__}: {cut(lines[0] if lines else '', 300)}{where}", 1
+    line = "; ".join(part for part in map(str.strip, text.splitlines()) if part).replace(":; ", ": ")
+    line = cut(line, len(line) * 10)
+    # What to do stands at the end of most messages, what is wrong at the beginning: the middle can be missed.
+    return (line if len(line) <= MOST else f"{line[: MOST - 160]} ... {line[-150:]}"), status

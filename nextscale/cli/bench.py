@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import nextscale as ns
+from nextscale.cli.parse import parse_one_of
 
 Shape = Literal["d16", "emoji-64", "tiny"]
 REFERENCE = Path(ns.__file__).parent.parent / "benchmarks" / "reference.py"
@@ -23,9 +24,7 @@ def bench(*arguments: str) -> None:
 
     Try: nextscale bench train --shape emoji-64 --batch 32
     """
-    app = tyro.extras.SubcommandApp()
-    app.command(name="train")(train)
-    app.cli(prog="nextscale bench", description=bench.__doc__, args=list(arguments))
+    parse_one_of({"train": train}, arguments, "nextscale bench", bench.__doc__ or "")()
 
 
 def train(

@@ -52,14 +52,12 @@ class Method:
         from pydantic import ValidationError
 
         from nextscale.checkpoint import ChangeConfig
+        from nextscale.settings import faults
 
         try:
             config = self.settings.model_validate(self.options)
         except ValidationError as error:
-            fault = error.errors()[0]
-            name = ".".join(["--with", *(str(part).replace("_", "-") for part in fault["loc"][:1])])
-            own = fault.get("ctx", {}).get("error")  # what the recipe's own check says
-            raise ValueError(f"{name}: {own or fault['msg']}" + ("" if own else f", got {fault['input']!r}")) from error
+            raise ValueError(faults(error, "--with.", self.settings)) from error
         return ChangeConfig(recipe=self.name, config=config.model_dump(mode="json")).model_dump_json()
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
+from nextscale.cli.parse import parse_one_of
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
@@ -45,13 +46,15 @@ def main(arguments: Sequence[str]) -> None:
             f"unknown --preset {name!r} of the recipe {named.recipe or RECIPE}; there are {', '.join(presets)}"
         )
     preset: Any = presets[name]()
-    app = tyro.extras.SubcommandApp()
     drawings = (named.data or DATA) == DATA
-    app.command(name="tokenizer")(tokenizer_command(recipe, name, preset, drawings))
-    app.command(name="generator")(generator_command(recipe, name, preset, drawings))
-    app.command(name="encode")(encode_command(drawings))
+    commands = {
+        "tokenizer": tokenizer_command(recipe, name, preset, drawings),
+        "generator": generator_command(recipe, name, preset, drawings),
+        "encode": encode_command(drawings),
+    }
+    call = parse_one_of(commands, arguments, "nextscale train", "Train a tokenizer, then a generator on it.")
     keep_freed_memory()
-    app.cli(prog="nextscale train", description="Train a tokenizer, then a generator on it.", args=list(arguments))
+    call()
 
 
 def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> Callable[..., None]:

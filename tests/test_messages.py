@@ -1,0 +1,69 @@
+"""What the command line says of what it does not take: one line, in words of its own, with the right exit status."""
+
+import pytest
+
+from nextscale import cli
+from nextscale.cli import draw
+
+T = "train tokenizer --out run "
+G = "train generator --out run "
+REFUSED = [
+    (T + "--loss.l1 -1", "--loss.l1 must be at least 0, got -1"),
+    (T + "--loss.l1 inf", "--loss.l1 must be finite, got inf"),
+    (T + "--loss.l1 nan", "--loss.l1 must be finite, got nan"),
+    (T + "--steps -1", "--steps must be at least 1, got -1"),
+    (T + "--steps x", "--steps must be a whole number, got 'x'"),
+    (T + "--lr fast", "--lr must be a number, got 'fast'"),
+    (T + "--stepz 3", "unknown option --stepz, did you mean --steps?"),
+    (T + "--system.autoencoder.width 0", "--system.autoencoder.width must be at least 1, got 0"),
+    (T + "--system.sizes", "--system.sizes needs 1 values or more"),
+    (T + "--precision int8", "--precision must be float32, bfloat16 or float16, got 'int8'"),
+    (G + "--loss.progressive", "--loss.progressive needs a value"),
+    ("train nothing", "expected tokenizer, generator or encode, got 'nothing'"),
+    ("sample --count x", "--count must be a whole number, got 'x'"),
+    ("sample --count", "--count needs a value; `nextscale sample --help`"),
+    ("sample 4", "'4' belongs to no option; `nextscale sample --help`"),
+    ("sample --colums 3", "unknown option --colums, did you mean --columns?"),
+    ("sample --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
+    ("bench nothing", "expected train, got 'nothing'"),
+    ("smaple", "unknown command 'smaple'; did you mean sample?"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_mistakes_end_in_one_line(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and said in line and len(line) < 650
+    assert not set("│─╭") & set(line) and "pydantic" not in line and "dummy" not in line
+    assert not out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (
+            RuntimeError("shapes do not fit\nat all"),
+            "internal error: RuntimeError: shapes do not fit; NEXTSCALE_DEBUG=1",
+            1,
+        ),
+        (KeyError("x"), "internal error: KeyError: 'x'; NEXTSCALE_DEBUG=1 shows where", 1),
+        (MemoryError(), "out of memory (of the machine); lower --batch-size", 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch-size", 2),
+        (ValueError("a" * 5000 + "; choose another"), "; choose another", 2),
+        (ValueError("a\x1b[31mred\nnext"), r"a\x1b[31mred; next", 2),
+        (PermissionError(13, "Permission denied", "/root/x"), "Permission denied: /root/x", 2),
+    ],
+)
+def test_whatever_happens_ends_in_one_line(error, said, status, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEXTSCALE_DEBUG", raising=False)
+    monkeypatch.setattr(draw, "read_labels", fail)
+    assert cli.main(["sample"]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line and len(line) < 650
