@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -13,9 +13,12 @@ from nextscale.settings import Settings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MOST_CLASSES = 1_000_000
+MOST_TOKENS = 2**20
+Side = Annotated[int, Field(ge=1, le=4096)]
 Sides = Annotated[
-    tuple[int | tuple[int, int], ...],
-    Field(min_length=1, description="sizes of the scales: a side, or height and width"),
+    tuple[Side | tuple[Side, Side], ...],
+    Field(min_length=1, max_length=1024, description="sizes of the scales: a side, or height and width"),
 ]
 
 
@@ -28,6 +31,14 @@ class SystemSettings(Settings):
     sizes: Sides
     transformer: Settings
     sampling: Settings
+
+    @field_validator("sizes")
+    @classmethod
+    def _few_tokens(cls, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = sum(size * size if isinstance(size, int) else size[0] * size[1] for size in sizes)
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"the scales have {tokens:,} tokens together, expected at most {MOST_TOKENS:,}")
+        return sizes
 
     def for_classes(self, classes: Sequence[str]) -> Self:
         """The settings of a system for data with these classes; one that is told no classes stays as it is."""
@@ -42,8 +53,12 @@ class SystemSettings(Settings):
 class ClassSystemSettings(SystemSettings):
     """The settings of a system that is told classes. The default is ImageNet's number of them."""
 
-    classes: tuple[str, ...] = Field((), description="names of the classes")
-    num_classes: int = Field(1000, ge=0, description="number of classes; 0: a tokenizer without a generator")
+    classes: tuple[Annotated[str, Field(max_length=1000)], ...] = Field(
+        (), max_length=MOST_CLASSES, description="names of the classes"
+    )
+    num_classes: int = Field(
+        1000, ge=0, le=MOST_CLASSES, description="number of classes; 0: a tokenizer without a generator"
+    )
 
     @field_validator("classes")
     @classmethod

@@ -71,3 +71,41 @@ def test_absence_is_told_from_other_reasons(tmp_path):
         read_json(tmp_path / ("a" * 10_000))
     (tmp_path / "b.json").write_text(json.dumps({"a": [1.5, None]}))
     assert read_json(tmp_path / "b.json") == {"a": [1.5, None]}
+
+
+def unbounded(schema, path=""):
+    """Paths of numbers, lists and texts without a largest value in a JSON schema."""
+    for name, inner in schema.get("properties", {}).items():
+        yield from unbounded(inner, f"{path}.{name}")
+    for key in ("anyOf", "prefixItems", "allOf"):
+        for inner in schema.get(key, ()):
+            yield from unbounded(inner, path)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            yield from unbounded(schema[key], f"{path}.{key}")
+    kind, chosen = schema.get("type"), "enum" in schema or "const" in schema
+    if kind in ("integer", "number") and not chosen and not {"maximum", "exclusiveMaximum"} & set(schema):
+        yield path
+    if (kind == "array" and "maxItems" not in schema) or (
+        kind == "string" and not chosen and "maxLength" not in schema
+    ):
+        yield path
+
+
+def bounded_kinds():
+    from nextscale.data.transforms import AugmentSettings
+    from nextscale.system import find_recipe, recipe_names
+    from nextscale.training.config import GeneratorLoss, TokenizerLoss
+
+    yield from (TrainConfig, TokenizerLoss, GeneratorLoss, AugmentSettings)
+    yield from (find_recipe(name).Config for name in recipe_names())
+
+
+@pytest.mark.parametrize("kind", bounded_kinds(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_setting_has_a_largest_value(kind):
+    """So that no config of a stranger asks for more than a machine has, and a slip of the hand is named."""
+    schema = kind.model_json_schema()
+    assert not [
+        *unbounded(schema),
+        *(path for name, part in schema.get("$defs", {}).items() for path in unbounded(part, name)),
+    ]

@@ -21,13 +21,13 @@ from nextscale.settings import Settings
 class RotarySettings(Settings):
     """Where tokens of different scales lie on one grid. The defaults are Infinity's."""
 
-    base: float = Field(10_000.0, gt=1, description="of the geometric series of frequencies")
+    base: float = Field(10_000.0, gt=1, le=1e12, description="of the geometric series of frequencies")
     mode: Literal["raw", "resized", "rounded"] = Field(
         "rounded",
         description="'rounded': row and column on the finest grid, rounded to whole numbers; 'resized': cosines and sines of "
         "a grid of the image's shape with `side` rows or columns, resized; 'raw': row and column of the scale itself",
     )
-    side: int = Field(128, ge=2, description="longer side of the grid of 'resized'")
+    side: int = Field(128, ge=2, le=4096, description="longer side of the grid of 'resized'")
 
 
 class Rotary:

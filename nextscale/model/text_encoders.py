@@ -180,10 +180,14 @@ class TextSettings(Settings):
         description="t5: flan-t5-xl (extra nextscale[t5]); minilm: all-MiniLM-L6-v2 (extra nextscale[text]); hash: random "
         "vectors of words, for tests",
     )
-    dim: int = Field(2048, ge=1, description="E, channels of its hidden states")
-    length: int = Field(512, ge=1, description="longest text in tokens; rows of the table for images without a text")
-    pool_heads: int = Field(16, ge=1, description="heads of the pooling; the official code has E / 128")
-    weights: str = Field("", description="of t5: another model of the hub, or a folder; default: google/flan-t5-xl")
+    dim: int = Field(2048, ge=1, le=65_536, description="E, channels of its hidden states")
+    length: int = Field(
+        512, ge=1, le=65_536, description="longest text in tokens; rows of the table for images without a text"
+    )
+    pool_heads: int = Field(16, ge=1, le=4096, description="heads of the pooling; the official code has E / 128")
+    weights: str = Field(
+        "", max_length=4096, description="of t5: another model of the hub, or a folder; default: google/flan-t5-xl"
+    )
     dtype: Literal["default", "float32", "bfloat16", "float16"] = Field(
         "default", description="of the encoder's weights; default: float16 for t5, float32 for minilm"
     )

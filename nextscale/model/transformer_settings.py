@@ -10,19 +10,19 @@ from nextscale.settings import Settings
 class TransformerSettings(Settings):
     """Shape and initialisation of VAR's transformer. The defaults are VAR-d16 (310 M parameters)."""
 
-    depth: int = Field(16, ge=1, description="number of blocks")
-    dim: int = Field(1024, ge=1, description="D, width of the residual stream")
-    num_heads: int = Field(16, ge=1, description="N, attention heads")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the feed-forward / D")
+    depth: int = Field(16, ge=1, le=1024, description="number of blocks")
+    dim: int = Field(1024, ge=1, le=65_536, description="D, width of the residual stream")
+    num_heads: int = Field(16, ge=1, le=4096, description="N, attention heads")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden width of the feed-forward / D")
     shared_adaln: bool = Field(False, description="one AdaLN layer for all blocks instead of one each")
     qk_norm: bool = Field(True, description="attention on queries and keys of length one (qk-norm)")
     drop_path: float = Field(0.0, ge=0, lt=1, description="drop path of the last block; rises linearly from 0")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout at the end of each branch")
     norm: Literal["layer", "rms"] = Field("layer", description="the norms in branches and before the head")
-    eps: float = Field(1e-6, gt=0, description="of the layer norms")
-    init_head: float = Field(0.02, gt=0, description="initial head weights / usual ones")
-    init_adaln: float = Field(0.5, gt=0, description="initial AdaLN scale and shift weights / usual ones")
-    init_gate: float = Field(1e-5, gt=0, description="initial AdaLN gate weights / usual ones")
+    eps: float = Field(1e-6, gt=0, le=1, description="of the layer norms")
+    init_head: float = Field(0.02, gt=0, le=1000, description="initial head weights / usual ones")
+    init_adaln: float = Field(0.5, gt=0, le=1000, description="initial AdaLN scale and shift weights / usual ones")
+    init_gate: float = Field(1e-5, gt=0, le=1000, description="initial AdaLN gate weights / usual ones")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,7 @@
 """The convolutional autoencoder: images to feature maps and back, with the structure of VAR's tokenizer."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -10,18 +12,24 @@ from nextscale.settings import Settings
 class AutoencoderSettings(Settings):
     """Shape of encoder and decoder. The defaults are VAR's published tokenizer (stride 16)."""
 
-    image_channels: int = Field(3, ge=1, description="channels of an image")
-    patch: int = Field(1, ge=1, description="side of the squares that are folded into channels before any convolution")
-    width: int = Field(160, ge=1, description="channels at the highest resolution")
-    multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1, description="width of each level / `width`")
-    blocks: int = Field(2, ge=1, description="residual blocks a level in the encoder; the decoder has one more")
+    image_channels: int = Field(3, ge=1, le=1024, description="channels of an image")
+    patch: int = Field(
+        1, ge=1, le=256, description="side of the squares that are folded into channels before any convolution"
+    )
+    width: int = Field(160, ge=1, le=16_384, description="channels at the highest resolution")
+    multipliers: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
+        (1, 1, 2, 2, 4), min_length=1, max_length=10, description="width of each level / `width`"
+    )
+    blocks: int = Field(2, ge=1, le=256, description="residual blocks a level in the encoder; the decoder has one more")
     attention: bool = Field(True, description="self-attention at the lowest resolution")
-    groups: int = Field(32, ge=1, description="groups of the group norms")
+    groups: int = Field(32, ge=1, le=16_384, description="groups of the group norms")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
     latent: int | None = Field(
-        None, ge=1, description="channels between autoencoder and pyramid; default: those of a code"
+        None, ge=1, le=16_384, description="channels between autoencoder and pyramid; default: those of a code"
     )
-    around: int = Field(3, ge=0, description="kernel of the convolutions just before and after the pyramid; 0: none")
+    around: int = Field(
+        3, ge=0, le=63, description="kernel of the convolutions just before and after the pyramid; 0: none"
+    )
 
     @property
     def stride(self) -> int:

@@ -22,8 +22,8 @@ class PlainSettings(Settings):
     """Shape of the plain pyramid. The defaults are FlexVAR's."""
 
     # A slip for 8192, says the official code's own comment; it became the shape of the published weights.
-    codebook_size: int = Field(8912, ge=2, description="V, the number of codes")
-    code_dim: int = Field(32, ge=1, description="C, channels of a code and of the feature map")
+    codebook_size: int = Field(8912, ge=2, le=2**24, description="V, the number of codes")
+    code_dim: int = Field(32, ge=1, le=16_384, description="C, channels of a code and of the feature map")
     unit: bool = Field(True, description="codes and features are scaled to unit length")
 
 

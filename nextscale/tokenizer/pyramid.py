@@ -1,7 +1,7 @@
 """The bookkeeping between scales, written once: how token maps add up to a feature map, and what the next scale sees."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,16 @@ from nextscale.tokens import Tokens, first_tensor, whole_numbers
 class PyramidSettings(Settings):
     """Shape of the residual pyramid. The defaults are VAR's."""
 
-    codebook_size: int = Field(4096, ge=2, description="V, the number of codes")
-    code_dim: int = Field(32, ge=1, description="C, channels of a code and of the feature map")
+    codebook_size: int = Field(4096, ge=2, le=2**24, description="V, the number of codes")
+    code_dim: int = Field(32, ge=1, le=16_384, description="C, channels of a code and of the feature map")
     cosine: bool = Field(False, description="search codes by cosine instead of Euclidean distance")
-    phi: int | Literal["each"] = Field(4, description="convolutions shared by the scales; 'each': one for every scale")
+    phi: Annotated[int, Field(ge=1, le=1024)] | Literal["each"] = Field(
+        4, description="convolutions shared by the scales; 'each': one for every scale"
+    )
     phi_ratio: float = Field(0.5, ge=-1, le=1, description="share of the convolution in phi; 0: phi is the identity")
-    limits: tuple[int, ...] | None = Field(
+    limits: tuple[Annotated[int, Field(ge=1, le=2**24)], ...] | None = Field(
         None,
+        max_length=1024,
         description="how many of the first codes each scale may use; further scales, and by default all, use all codes",
     )
     standardize: bool = Field(

@@ -6,21 +6,25 @@ from pydantic import Field
 
 from nextscale.settings import Settings
 
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainConfig(Settings):
     """How long, how fast, how often: what tokenizer and generator training share."""
 
-    steps: int = Field(3000, ge=1, description="optimizer steps of the whole run")
-    batch_size: int = Field(32, ge=1, description="images a step")
+    steps: int = Field(3000, ge=1, le=10**9, description="optimizer steps of the whole run")
+    batch_size: int = Field(32, ge=1, le=10**6, description="images a step")
     accumulate: int = Field(
         1,
         ge=1,
+        le=10**6,
         description="forward passes that share a batch, for less memory; the same update but for dropout, drop path and what "
         "looks at several images at once (docs/several-machines.md)",
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: float = Field(1e-3, gt=0, le=1000, description="peak learning rate")
     final_lr: float = Field(0.01, ge=0, le=1, description="learning rate at the end / peak")
-    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    warmup: int = Field(100, ge=0, le=10**9, description="steps of linear warm-up")
     first_lr: float | None = Field(
         None, ge=0, le=1, description="learning rate of step 0 / peak; default 1 / (warmup + 1)"
     )
@@ -29,20 +33,22 @@ class TrainConfig(Settings):
     )
     hold: float = Field(0.0, ge=0, lt=1, description="share of the time after warm-up that stays at the peak")
     knee: float | None = Field(None, gt=0, lt=1, description="of linear decay in two pieces: where the second begins")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices and kernels")
-    final_weight_decay: float | None = Field(None, ge=0, description="weight decay at the end; default: the same")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
-    clip: float = Field(2.0, gt=0, description="largest gradient norm")
+    weight_decay: float = Field(0.05, ge=0, le=1000, description="AdamW weight decay of matrices and kernels")
+    final_weight_decay: float | None = Field(
+        None, ge=0, le=1000, description="weight decay at the end; default: the same"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
+    clip: float = Field(2.0, gt=0, le=1e9, description="largest gradient norm")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights (what is saved and shown); 0: off")
-    seed: int = Field(0, ge=0, description="seed of initial weights, data order and every draw")
+    seed: int = Field(0, ge=0, lt=2**62, description="seed of initial weights, data order and every draw")
     shard: bool = Field(
         False, description="several processes: weights, gradients and optimizer state in pieces, one a process (FSDP2)"
     )
     recompute: bool = Field(
         False, description="compute the blocks' activations again in the backward pass: less memory"
     )
-    workers: int = Field(0, ge=0, description="processes that load images; 0: the main one")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1")
+    workers: int = Field(0, ge=0, le=1024, description="processes that load images; 0: the main one")
+    device: str = Field("cpu", max_length=100, description="cpu, cuda, cuda:1")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="of matrix products and convolutions; weights, losses and codes stay float32. float16 scales the loss",
@@ -51,18 +57,24 @@ class TrainConfig(Settings):
         False,
         description="torch.compile: blocks of the generator, encoder and decoder of the tokenizer; needs a C++ compiler",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: torch's own choice")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of torch; default: torch's own choice")
     peak_tflops: float = Field(
-        0.0, ge=0, description="what the devices together can do, in TFLOP/s: logs the share that the model uses (mfu)"
+        0.0,
+        ge=0,
+        le=1e9,
+        description="what the devices together can do, in TFLOP/s: logs the share that the model uses (mfu)",
     )
-    wandb: str = Field("", description="project of Weights & Biases to log to as well (extra: nextscale[wandb])")
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
-    validate_every: int = Field(500, ge=1, description="steps between validations, with pictures")
-    save_every: int = Field(250, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best by validation")
+    wandb: str = Field(
+        "", max_length=200, description="project of Weights & Biases to log to as well (extra: nextscale[wandb])"
+    )
+    log_every: int = Field(20, ge=1, le=10**9, description="steps between lines of metrics.jsonl")
+    validate_every: int = Field(500, ge=1, le=10**9, description="steps between validations, with pictures")
+    save_every: int = Field(250, ge=1, le=10**9, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, le=10**6, description="newest checkpoints that stay, beside the best by validation")
     most_skipped: int = Field(
         20,
         ge=0,
+        le=10**9,
         description="steps in a row whose loss or gradient is not finite, and which change nothing; then the run stops",
     )
 
@@ -70,43 +82,47 @@ class TrainConfig(Settings):
 class TokenizerLoss(Settings):
     """Weights and starts of the tokenizer's losses, and the measures against collapse. Starts are shares of the run."""
 
-    l1: float = Field(0.2, ge=0, description="weight of the mean absolute error")
-    l2: float = Field(1.0, ge=0, description="weight of the mean squared error")
-    codebook: float = Field(1.0, ge=0, description="weight of the codebook and commitment terms together")
-    beta: float = Field(0.25, ge=0, description="commitment / codebook term")
+    l1: float = Field(0.2, ge=0, le=1e6, description="weight of the mean absolute error")
+    l2: float = Field(1.0, ge=0, le=1e6, description="weight of the mean squared error")
+    codebook: float = Field(1.0, ge=0, le=1e6, description="weight of the codebook and commitment terms together")
+    beta: float = Field(0.25, ge=0, le=1e6, description="commitment / codebook term")
     entropy: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="weight, in that sum, of a term for codes that are sure and used alike; of bits about 0.001",
     )
     perceptual: float = Field(
-        0.0, ge=0, description="weight of the perceptual distance: perceptual_lite0 (extra: nextscale[eval]), or LPIPS"
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of the perceptual distance: perceptual_lite0 (extra: nextscale[eval]), or LPIPS",
     )
     lpips_vgg: str = Field(
-        "", description="file of VGG16's weights (torchvision's): makes the perceptual distance LPIPS"
+        "", max_length=4096, description="file of VGG16's weights (torchvision's): makes the perceptual distance LPIPS"
     )
     lpips_linear: str = Field(
-        "", description="file of LPIPS's own weights (vgg.pth of lpips 0.1), with --loss.lpips-vgg"
+        "", max_length=4096, description="file of LPIPS's own weights (vgg.pth of lpips 0.1), with --loss.lpips-vgg"
     )
     perceptual_start: float = Field(0.5, ge=0, le=1, description="when the perceptual term starts")
-    adversarial: float = Field(0.0, ge=0, description="weight of the discriminator's term")
+    adversarial: float = Field(0.0, ge=0, le=1e6, description="weight of the discriminator's term")
     adversarial_start: float = Field(0.6, ge=0, le=1, description="when discriminator and its term start")
     adversarial_warmup: float = Field(0.05, ge=0, le=1, description="share of the run over which its weight rises")
     discriminator: Literal["patch", "patch-group", "dino"] = Field(
         "patch",
         description="which; patch-group: with norms of each image instead of each pass; dino: on frozen DINO features",
     )
-    discriminator_width: int = Field(32, ge=1, description="channels of the patch discriminator's first layer")
-    dino_weights: str = Field("", description="file of DINO's weights (dino_deitsmall16_pretrain.pth)")
+    discriminator_width: int = Field(32, ge=1, le=4096, description="channels of the patch discriminator's first layer")
+    dino_weights: str = Field("", max_length=4096, description="file of DINO's weights (dino_deitsmall16_pretrain.pth)")
     hinge_sum: bool = Field(False, description="add the hinge terms of real and made images, instead of their mean")
     adaptive: Literal["ratio", "root", "off"] = Field(
         "ratio",
         description="scale of the adversarial term: ratio of gradients at the decoder's last layer, its root, or 1",
     )
-    adaptive_range: tuple[float, float] = Field((0.0, 1e4), description="least and most of that scale")
+    adaptive_range: tuple[Weight, Weight] = Field((0.0, 1e4), description="least and most of that scale")
     adaptive_ema: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of that scale; 0: none")
-    lecam: float = Field(0.0, ge=0, description="weight of the discriminator's LeCam regulariser")
-    consistency: float = Field(0.0, ge=0, description="weight of its consistency under augmentation")
+    lecam: float = Field(0.0, ge=0, le=1e6, description="weight of the discriminator's LeCam regulariser")
+    consistency: float = Field(0.0, ge=0, le=1e6, description="weight of its consistency under augmentation")
     augment_pairs: bool = Field(False, description="differentiable augmentation of what the discriminator sees")
     quantize_start: float = Field(0.1, ge=0, lt=1, description="when quantizing starts; before, a plain autoencoder")
     init_codes: bool = Field(True, description="set the codes from the residuals of data when quantizing starts")
@@ -114,8 +130,8 @@ class TokenizerLoss(Settings):
     drop: Literal["prefix", "independent", "single"] = Field(
         "prefix", description="which: all after a random one; each but the last at even odds; or one"
     )
-    drop_from: int = Field(1, ge=0, description="first scales that are always kept")
-    restart_every: int = Field(100, ge=0, description="steps between restarts of dead codes; 0: never")
+    drop_from: int = Field(1, ge=0, le=1024, description="first scales that are always kept")
+    restart_every: int = Field(100, ge=0, le=10**9, description="steps between restarts of dead codes; 0: never")
     restart_until: float = Field(0.6, ge=0, le=1, description="when restarts end")
     alarm: float = Field(
         0.05, ge=0, le=1, description="a scale whose perplexity is below this share of what it could be has collapsed"
@@ -181,9 +197,11 @@ class GeneratorLoss(Settings):
         {}, description="share of images that lose a part of the condition on its own, by the part's name"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mass spread over all codes")
-    scale_weights: tuple[float, ...] = Field((), description="factor of the loss at each scale; default: 1 each")
+    scale_weights: tuple[Weight, ...] = Field(
+        (), max_length=1024, description="factor of the loss at each scale; default: 1 each"
+    )
     progressive: float = Field(0.0, ge=0, lt=1, description="train scale by scale until this share of the run; 0: off")
-    progressive_from: int = Field(4, ge=1, description="newest scale of the first stage, counted from 0")
+    progressive_from: int = Field(4, ge=1, le=1024, description="newest scale of the first stage, counted from 0")
     progressive_warmup: int = Field(
-        100, ge=1, description="steps over which the weight of a stage's newest scale rises"
+        100, ge=1, le=10**9, description="steps over which the weight of a stage's newest scale rises"
     )

@@ -28,7 +28,7 @@ class SelfCorrection(Settings, NextScale):
 
     strength: float = Field(0.3, ge=0, le=1, description="largest share of bits that are flipped")
     scales: int | None = Field(
-        None, ge=0, description="scales whose bits are flipped, the coarsest first; default: all"
+        None, ge=0, le=1024, description="scales whose bits are flipped, the coarsest first; default: all"
     )
     reweight: bool = Field(
         False, description="weigh a token by 1 / sqrt(tokens of its scale), so that coarse scales count more"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +40,7 @@ from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
 from nextscale.system import System
-from nextscale.system_settings import ClassSystemSettings, Sides
+from nextscale.system_settings import ClassSystemSettings, Side, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.plain import PlainPyramid, PlainSettings
 from nextscale.tokenizer.tokenizer import ImageTokenizer
@@ -59,18 +59,26 @@ class RandomSchedules(Settings, NextScale):
 
     wants: ClassVar[Wants] = "features"
 
-    whole: tuple[int, ...] = Field(SIZES[10], min_length=1, description="the list that is used as it is now and then")
-    whole_share: float = Field(0.05, ge=0, le=1, description="share of the steps that use it")
-    first: tuple[int, ...] = Field((1, 2), min_length=1, description="sizes that open all other lists")
-    ranges: tuple[tuple[int, int, int], ...] = Field(
-        ((3, 10, 5), (11, 15, 2)), description="then: smallest and largest size, and how many of them are drawn"
+    whole: tuple[Side, ...] = Field(
+        SIZES[10], min_length=1, max_length=1024, description="the list that is used as it is now and then"
     )
-    last: int = Field(16, ge=1, description="size that ends them")
-    drops: tuple[float, ...] = Field(
-        (0.1, 0.05, 0.02, 0.01), description="share of the lists that lose at least one inner size, two, ..."
+    whole_share: float = Field(0.05, ge=0, le=1, description="share of the steps that use it")
+    first: tuple[Side, ...] = Field(
+        (1, 2), min_length=1, max_length=1024, description="sizes that open all other lists"
+    )
+    ranges: tuple[tuple[Side, Side, Annotated[int, Field(ge=0, le=1024)]], ...] = Field(
+        ((3, 10, 5), (11, 15, 2)),
+        max_length=1024,
+        description="then: smallest and largest size, and how many of them are drawn",
+    )
+    last: int = Field(16, ge=1, le=1024, description="size that ends them")
+    drops: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.1, 0.05, 0.02, 0.01),
+        max_length=1024,
+        description="share of the lists that lose at least one inner size, two, ...",
     )
     most_tokens: int = Field(
-        680, ge=1, description="while a list has more tokens, one of its last four sizes is left out"
+        680, ge=1, le=10**9, description="while a list has more tokens, one of its last four sizes is left out"
     )
 
     @model_validator(mode="after")
@@ -117,7 +125,7 @@ class Config(ClassSystemSettings):
     autoencoder: AutoencoderSettings = AutoencoderSettings(width=128, latent=256, around=1)
     pyramid: PlainSettings = PlainSettings()
     transformer: TransformerSettings = TransformerSettings(drop_path=0.1 * 16 / 24, init_gate=1e-3)
-    position_side: int = Field(32, ge=1, description="side of the learned map of positions")
+    position_side: int = Field(32, ge=1, le=1024, description="side of the learned map of positions")
     schedules: RandomSchedules = RandomSchedules()
     sampling: SamplingDefaults = SamplingDefaults(guidance=3.5, top_k=900, top_p=0.95)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ from nextscale.published.layout import from_states, to_states, with_own_weights
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.system import Part, System
-from nextscale.system_settings import Sides, SystemSettings
+from nextscale.system_settings import Side, Sides, SystemSettings
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
 from nextscale.tokenizer.bits import BitPyramid
 from nextscale.tokenizer.tokenizer import ImageTokenizer
@@ -51,26 +51,34 @@ class Config(SystemSettings):
     """An Infinity system. The defaults are Infinity-2B for 1024 px."""
 
     sizes: Sides = SQUARE
-    tables: tuple[Sizes, ...] | None = Field(
+    tables: tuple[Annotated[tuple[tuple[Side, Side], ...], Field(max_length=1024)], ...] | None = Field(
         None,
+        max_length=1024,
         description="the longest schedule of each shape, whose last scale is the grid of the rotary positions; default: the "
         "published ones if one of them begins with `sizes`, else `sizes`",
     )
-    most_scales: int = Field(15, ge=1, description="scales for which the model has a learned vector")
+    most_scales: int = Field(15, ge=1, le=1024, description="scales for which the model has a learned vector")
     autoencoder: AutoencoderSettings = AutoencoderSettings(
         width=128, multipliers=(1, 2, 4, 4, 4), attention=False, around=0
     )
-    bits: int = Field(32, ge=1, description="d, bits of a vector of the feature map")
-    fold: int = Field(1, ge=1, description="side of the squares of vectors that make one token")
+    bits: int = Field(32, ge=1, le=1024, description="d, bits of a vector of the feature map")
+    fold: int = Field(1, ge=1, le=64, description="side of the squares of vectors that make one token")
     transformer: TransformerSettings = TransformerSettings(
         depth=32, dim=2048, num_heads=16, shared_adaln=True, drop_path=0.1, init_gate=5e-6, init_adaln=1e-3
     )
     rotary: RotarySettings = RotarySettings()
-    positions_before: tuple[int, ...] = Field((0,), description="blocks before which the scale's vector is added")
-    context_scale: float | None = Field(
-        None, ge=0, description="initial value of a learned factor of cross-attention for each channel; default: none"
+    positions_before: tuple[Annotated[int, Field(ge=0, le=1024)], ...] = Field(
+        (0,), max_length=1024, description="blocks before which the scale's vector is added"
     )
-    hidden_multiple: int = Field(256, ge=1, description="the feed-forward's hidden width is a multiple of it")
+    context_scale: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="initial value of a learned factor of cross-attention for each channel; default: none",
+    )
+    hidden_multiple: int = Field(
+        256, ge=1, le=65_536, description="the feed-forward's hidden width is a multiple of it"
+    )
     text: TextSettings = TextSettings()
     bit_loss: Literal["mean", "sum"] = Field("mean", description="loss of a token: over its bits")
     objective: SelfCorrection = SelfCorrection()

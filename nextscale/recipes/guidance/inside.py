@@ -28,7 +28,9 @@ APPLIES_TO = "any system that samples with guidance"
 class Config(Settings):
     """Where the branches meet."""
 
-    block: int = Field(-1, description="number of the block after which they are blended; negative: from the end")
+    block: int = Field(
+        -1, ge=-1024, le=1023, description="number of the block after which they are blended; negative: from the end"
+    )
 
 
 def tiny() -> Config:

@@ -7,6 +7,7 @@ Changes by room. model: the null of the text condition is another text's conditi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 
@@ -22,8 +23,11 @@ EXAMPLE = "infinity"
 class Config(Settings):
     """What the images should not show."""
 
-    prompts: tuple[str, ...] = Field(
-        ("",), min_length=1, description="one text for all images, or one for each; an empty one is no text"
+    prompts: tuple[Annotated[str, Field(max_length=100_000)], ...] = Field(
+        ("",),
+        min_length=1,
+        max_length=4096,
+        description="one text for all images, or one for each; an empty one is no text",
     )
 
 
