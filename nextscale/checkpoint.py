@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.files import atomic_write, digest, read_json
-from nextscale.modules import as_module
-from nextscale.settings import Settings, faults
+from nextscale.files import atomic_write, check_readable, digest, read_json
+from nextscale.modules import as_module, inner_state, usual_defaults, without_wrapper
+from nextscale.settings import Settings, cut, faults
 from nextscale.system import System, find_method, find_recipe, refuse_mps
+
+# Kinds of numbers that weights may have in a file.
+FLOATS = ("F32", "F16", "BF16", "F64")
+WHOLE = ("I64", "I32", "U8", "BOOL")
 
 
 class ChangeConfig(Settings):
@@ -74,6 +79,7 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     return folder
 
 
+@usual_defaults()
 def load(
     name: str | os.PathLike[str],
     *,
@@ -97,13 +103,12 @@ def load(
     recipes = recipes or {}
     builder = recipes.get(config.recipe) or find_recipe(config.recipe)
     settings = _settings(builder.Config, config.config, folder, f"a {config.recipe} system")
-    system = _built(lambda: builder.build(settings, model="model" in config.parts))
+    try:
+        system = _built(lambda: builder.build(settings, model="model" in config.parts), config, folder)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        said = cut((str(error).splitlines() or [type(error).__name__])[0], 200)
+        raise ValueError(f"{folder / 'config.json'} describes a system that cannot be built: {said}") from error
     own = saved_parts(system)
-    if set(config.parts) != set(own):
-        raise ValueError(
-            f"{folder / 'config.json'} names the parts {sorted(config.parts)}, but a {config.recipe} system has {sorted(own)}; "
-            "copy or download the folder again"
-        )
     for part, module in own.items():
         path = folder / f"{part}.safetensors"
         load_weights(module, path)
@@ -139,7 +144,7 @@ def _check_changed(system: System, saved: Mapping[str, nn.Module]) -> None:
     own = saved_parts(system)
     for name in sorted(own.keys() | saved.keys()):
         mine, base = (
-            {id(t): (type(t), t.dtype, t.shape) for t in _state(parts[name]).values()} if name in parts else {}
+            {id(t): (type(t), t.dtype, t.shape) for t in inner_state(parts[name]).values()} if name in parts else {}
             for parts in (own, saved)
         )
         new = {kind for t, kind in mine.items() if t not in base}
@@ -159,18 +164,24 @@ def _settings(kind: type[Settings], values: dict[str, Any], folder: Path, what: 
         raise ValueError(f"{folder / 'config.json'} does not describe {what}: {faults(error, kind=kind)}") from error
 
 
-def _built(build: Callable[[], System]) -> System:
+def _built(build: Callable[[], System], config: FolderConfig, folder: Path) -> System:
     """A system to be filled from files: without memory and random numbers for what these replace, if that is all it has. Else
-    (external parts, tables in buffers that are not saved) an ordinary one."""
+    (external parts, tables in buffers that are not saved) an ordinary one. Before anything takes memory the files are asked
+    whether they have its weights."""
     with torch.device("meta"):
         system = build()
-    replaced = {id(tensor) for part in saved_parts(system).values() for tensor in _state(part).values()}
+    own = saved_parts(system)
+    if set(config.parts) != set(own):
+        raise ValueError(
+            f"{folder / 'config.json'} names the parts {sorted(config.parts)}, but a {config.recipe} system has {sorted(own)}; "
+            "copy or download the folder again"
+        )
+    for part, module in own.items():
+        with _weights(folder / f"{part}.safetensors") as file:
+            _check_header(file, module, folder / f"{part}.safetensors")
+    replaced = {id(tensor) for part in saved_parts(system).values() for tensor in inner_state(part).values()}
     tensors = itertools.chain(system.parameters(), system.buffers())
     return build() if any(tensor.is_meta and id(tensor) not in replaced for tensor in tensors) else system
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return module.state_dict(keep_vars=True)
 
 
 def shipped() -> dict[str, Path]:
@@ -183,8 +194,12 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None
     """Write a module's state dict as safetensors, atomically."""
     state = {
         name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in inner_state(module).items()
     }
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(
+            f"nothing was written to {path}: the weights hold numbers that are not finite, in {', '.join(bad[:5])}"
+        )
     with atomic_write(path) as temporary:
         save_file(state, temporary)
 
@@ -194,17 +209,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
     Every key and shape must fit; otherwise ValueError lists missing, unexpected and wrong-shaped keys.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing or no file; expected the weights beside config.json: copy the whole folder again"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
-            explain_mismatch(shapes, {key: tuple(t.shape) for key, t in module.state_dict().items()}, path)
-            state = {key: _as_float32(file.get_tensor(key)) for key in shapes}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+    with _weights(path) as file:
+        names = _check_header(file, module, path)
+        state = {ours: _as_float32(file.get_tensor(theirs)) for ours, theirs in names.items()}
     if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"{path} holds numbers that are not finite, in {', '.join(bad[:5])}; copy or download it again"
@@ -212,6 +219,33 @@ def load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict(state, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
+
+
+@contextmanager
+def _weights(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from."""
+    check_readable(path, "the weights beside config.json: copy the whole folder again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _check_header(file: Any, module: nn.Module, path: Path) -> dict[str, str]:
+    """The names of a file's weights by the module's. Raises ValueError unless names, shapes and kinds of numbers are those of
+    the module; what stands in the header is all that is read."""
+    prefix = without_wrapper(file.keys())
+    slices = {key.removeprefix(prefix): file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no dict
+    expected = inner_state(module)
+    shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+    explain_mismatch(shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
+    for name, found in slices.items():
+        kind, floats = found.get_dtype(), expected[name].is_floating_point()
+        if (kind in FLOATS) != floats or (not floats and kind not in WHOLE):
+            wanted = " or ".join(FLOATS if floats else WHOLE)
+            raise ValueError(f"{path} holds {name} as {kind}, expected {wanted}; save the system again with `ns.save`")
+    return {name: prefix + name for name in slices}
 
 
 def explain_mismatch(
@@ -238,11 +272,7 @@ def find_folder(name: str | os.PathLike[str]) -> Path:
         return systems[str(name)]
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no config.json; expected a folder that `ns.save` or a training wrote"
-            )
-        return folder
+        return _system_in(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; expected the folder of a system (config.json and its weights)")
     # owner/name is a hub name, unless there is a folder of the owner's name here: then it is a mistyped path.
@@ -252,6 +282,19 @@ def find_folder(name: str | os.PathLike[str]) -> Path:
         f"no system {str(name)!r}: it is neither shipped ({', '.join(systems) or 'none'}) nor a folder nor a hub name "
         "(owner/name)"
     )
+
+
+def _system_in(folder: Path) -> Path:
+    """The folder itself, or that of the system in a training's folder."""
+    for place in (folder, folder / "system"):
+        if (place / "config.json").is_file():
+            return place
+    if (folder / "state.json").is_file() or any(folder.glob("checkpoints/*/state.json")):
+        kind = "a checkpoint" if (folder / "state.json").is_file() else "a training that has not ended"
+        raise FileNotFoundError(
+            f"{folder} is the folder of {kind}; make a system of it first: nextscale save {folder} --to FOLDER"
+        )
+    raise FileNotFoundError(f"{folder} has no config.json; expected a folder that `ns.save` or a training wrote")
 
 
 def _download(name: str) -> Path:

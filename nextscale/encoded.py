@@ -29,7 +29,7 @@ from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.files import atomic_write
-from nextscale.modules import as_module
+from nextscale.modules import as_module, usual_defaults
 from nextscale.processes import Team
 from nextscale.readers import Given, TensorReader
 from nextscale.system import System
@@ -215,6 +215,7 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+@usual_defaults()
 def encode_images(
     system: System,
     data: Dataset,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Model, Objective, Output, Pyramid, Reader, Sampling, Stepper, Tokenizer
-from nextscale.modules import as_module, replaced
+from nextscale.modules import as_module, replaced, usual_defaults
 from nextscale.output import Images
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings
@@ -259,6 +259,7 @@ def _dimensions(values: Any) -> int:
 
 
 @torch.no_grad()
+@usual_defaults()
 def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> list[Tokens]:
     """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size: a list of K int64 tensors [B, h_k * w_k] (of bits
     uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits it. Of other outputs: of
@@ -274,6 +275,7 @@ def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> 
 
 
 @torch.no_grad()
+@usual_defaults()
 def decode(system: System, tokens: Sequence[Tokens], schedule: Schedule | None = None) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of the token maps of all scales, or of any first ones.
 
@@ -285,6 +287,7 @@ def decode(system: System, tokens: Sequence[Tokens], schedule: Schedule | None =
 
 
 @torch.no_grad()
+@usual_defaults()
 def logits(system: System, tokens: Sequence[Tokens], labels: Labels, schedule: Schedule | None = None) -> Tensor:
     """Teacher-forced logits float32 [B, L, V] (of bits [B, L, d, 2]) of given token maps (all scales, or any first ones)
     under labels."""

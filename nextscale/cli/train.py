@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     named = early.parse_known_args(arguments)[0]
     base = named.init_from or named.tokenizer
     if base and not named.recipe:  # a trained system says what it is
-        named.recipe = recipe_of(run_system(base))
+        named.recipe = recipe_of(base)
         arguments = [*arguments, "--recipe", named.recipe]
     recipe = find_recipe(named.recipe or RECIPE)
     presets = getattr(recipe, "PRESETS", {})
@@ -286,15 +286,9 @@ def checked_sizes(base: System, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
-def run_system(name: str) -> str:
-    """The system in a run's folder, or the name as it is."""
-    folder = Path(name) / "system"
-    return str(folder) if folder.is_dir() else name
-
-
 def trained(name: str, recipe: str) -> System:
-    """The system of a run's folder, or of that name; of the given recipe."""
-    system = load(run_system(name))
+    """The system of that name; of the given recipe."""
+    system = load(name)
     if system.recipe != recipe:
         raise ValueError(f"{name} is of the recipe {system.recipe!r}, got --recipe {recipe}; give the same")
     return system

@@ -37,7 +37,7 @@ from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.features import Lite0
 from nextscale.files import atomic_write
-from nextscale.modules import as_module
+from nextscale.modules import as_module, usual_defaults
 from nextscale.output import at_size, psnr
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
@@ -50,6 +50,7 @@ TRAINING_QUERIES = 4096  # training images, evenly spaced, whose own neighbours 
 
 
 @torch.no_grad()
+@usual_defaults()
 def evaluate(
     system: System,
     data: Any,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextscale.contracts import Cache, Edit, Generators, Pick, Prepared
+from nextscale.modules import usual_defaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
@@ -21,7 +22,7 @@ from nextscale.tokens import Tokens, each
 def plain_tensors() -> Iterator[None]:
     """No gradients, and ordinary tensors even inside of a caller's `inference_mode`: a state may be stepped outside of it, and
     tables that are made here may be used in training next."""
-    with torch.inference_mode(False), torch.no_grad():
+    with usual_defaults(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

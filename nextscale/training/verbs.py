@@ -19,7 +19,7 @@ from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
-from nextscale.modules import as_module
+from nextscale.modules import as_module, usual_defaults
 from nextscale.processes import Team
 from nextscale.system import System, refuse_mps
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
@@ -30,6 +30,7 @@ from nextscale.training.resume import recorded_objective, recorded_weights
 from nextscale.training.tokenizer_task import TokenizerTask
 
 
+@usual_defaults()
 def train_tokenizer(
     system: System,
     data: Dataset,
@@ -78,6 +79,7 @@ def train_tokenizer(
     return system.eval()
 
 
+@usual_defaults()
 def train_model(
     system: System,
     data: Dataset | None,
