@@ -41,6 +41,9 @@ class FolderConfig(Settings):
     parts: tuple[str, ...] = Field(description="names of the parts whose weights are beside it, NAME.safetensors")
     config: dict[str, Any]
     changes: tuple[ChangeConfig, ...] = Field((), description="methods that changed the system since, in their order")
+    image_size: tuple[int, int] | None = Field(
+        None, description="height and width of what it makes, for those who only ask"
+    )
     digests: dict[str, str] = Field(
         {}, description="BLAKE2b of the content of the files of weights, by name of the part"
     )
@@ -67,6 +70,7 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
         recipe=system.recipe,
         parts=tuple(saved),
         config=system.config.model_dump(mode="json"),
+        image_size=system.image_size,
         changes=tuple(
             ChangeConfig(recipe=change.recipe, config=change.config.model_dump(mode="json"))
             for change in system.changes

@@ -44,8 +44,22 @@ class Images:
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image; both [B, 3, H, W] in [-1, 1] (peak 2). Returns [B]."""
-    return decibel(_mse(images, references))
+    """Peak signal-to-noise ratio in dB of each image; both [B, C, H, W] or [C, H, W] in [-1, 1] (peak 2), or of bytes (uint8).
+
+    Returns [B]. Raises ValueError for two of other shapes.
+    """
+    if images.shape != references.shape or images.ndim not in (3, 4):
+        raise ValueError(
+            f"psnr compares two batches of images [B, C, H, W] of one shape, got {list(images.shape)} and "
+            f"{list(references.shape)}"
+        )
+    if images.ndim == 3:
+        images, references = images[None], references[None]
+    return decibel(_mse(_floats(images), _floats(references)))
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def decibel(mse: Tensor) -> Tensor:

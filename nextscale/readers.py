@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import operator
+import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nextscale.settings import brief
+
 
 class ClassReader:
     """Names of classes, their numbers, or None (no class, whose number is `num_classes`), to class numbers int64 [B].
 
-    Raises ValueError for names and numbers that there are not.
+    A name may be written in capitals or not and in any form of Unicode. Of a name that lists several, "tench, Tinca tinca", one
+    is enough if no other class has it. Raises ValueError for names and numbers that there are not.
     """
 
     shape: tuple[int, ...] | None = None
@@ -42,25 +48,56 @@ class ClassReader:
         if isinstance(value, str):
             return self._place(value)
         try:
+            if isinstance(value, bool):
+                raise TypeError
             number = operator.index(value)
         except TypeError:
-            raise ValueError(f"a class is told by its name, its number or None (no class), got {value!r}") from None
+            said = f"a class is told by its name, its number or None (no class), got {brief(value)}"
+            raise ValueError(said) from None
         if not 0 <= number <= self.num_classes:
             raise ValueError(
-                f"class numbers go from 0 to {self.num_classes - 1} ({self.num_classes} or None: no class), got {number}"
+                f"class numbers go from 0 to {self.num_classes - 1} ({self.num_classes} or None: no class), got {brief(number)}"
             )
         return number
 
+    @cached_property
+    def _numbers(self) -> tuple[dict[str, int], dict[str, set[int]], dict[str, set[int]]]:
+        """Class numbers by the names as they are, as they are compared, and by the single names of those that list several."""
+        whole: dict[str, set[int]] = defaultdict(set)
+        single: dict[str, set[int]] = defaultdict(set)
+        for number, name in enumerate(self.classes):
+            whole[_compared(name)].add(number)
+            for one in name.split(","):
+                single[_compared(one)].add(number)
+        return {name: number for number, name in enumerate(self.classes)}, dict(whole), dict(single)
+
     def _place(self, name: str) -> int:
-        if name in self.classes:
-            return self.classes.index(name)
+        exact, whole, single = self._numbers
+        if name in exact:
+            return exact[name]
         if not self.classes:
-            raise ValueError(f"this system has no class names, got {name!r}; use a number below {self.num_classes}")
-        close = difflib.get_close_matches(name, self.classes, n=3, cutoff=0.4) or self.classes[:3]
+            raise ValueError(
+                f"this system has no class names, got {brief(name)}; use a number below {self.num_classes}"
+            )
+        found = whole.get(_compared(name)) or single.get(_compared(name)) or set()
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
+            several = " or ".join(f"{number} ({self.classes[number]})" for number in sorted(found)[:4])
+            raise ValueError(
+                f"the label {brief(name)} could be several classes: {several}; give the number or the whole name"
+            )
+        near = difflib.get_close_matches(_compared(name[:200]), single, n=3, cutoff=0.4)
+        close = dict.fromkeys(self.classes[min(single[one])] for one in near) or self.classes[:3]
         raise ValueError(
-            f"unknown label {name!r}; did you mean {' or '.join(map(repr, close))}? "
-            f"`nextscale info` lists all {len(self.classes)}"
+            f"unknown label {brief(name)}; did you mean {' or '.join(map(brief, close))}? "
+            f"`nextscale info SYSTEM` lists all {len(self.classes)}"
         )
+
+
+def _compared(name: str) -> str:
+    """A name as it is compared with others."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 class Given(NamedTuple):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Model, Objective, Output, Pyramid, Reader, Sampling, Stepper, Tokenizer
+from nextscale.data.images import as_images
 from nextscale.modules import as_module, replaced, usual_defaults
 from nextscale.output import Images
 from nextscale.schedule import Schedule
-from nextscale.settings import Settings
+from nextscale.settings import Settings, brief
 from nextscale.tokenizer.pyramid import teacher_inputs
 from nextscale.tokens import Soft, Tokens, each, first_tensor
 
@@ -260,14 +261,19 @@ def _dimensions(values: Any) -> int:
 
 @torch.no_grad()
 @usual_defaults()
-def encode(system: System, images: Tensor, schedule: Schedule | None = None) -> list[Tokens]:
-    """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size: a list of K int64 tensors [B, h_k * w_k] (of bits
-    uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits it. Of other outputs: of
-    content with the output's shape."""
+def encode(system: System, images: Any, schedule: Schedule | None = None) -> list[Tokens]:
+    """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size (also bytes, arrays, Pillow images): a list of K int64
+    tensors [B, h_k * w_k] (of bits uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits
+    it. Of other outputs: of content with the output's shape."""
     wanted = system.output.shape(system.schedule, system.tokenizer.stride)
+    if isinstance(system.output, Images):
+        images = as_images(images, wanted[0])
+    elif not images.isfinite().all():
+        raise ValueError(f"this system encodes {system.output.field}s of finite numbers, got NaN or inf")
     if images.ndim != 1 + len(wanted) or (schedule is None and tuple(images.shape[1:]) != wanted):
         field = system.output.field
-        hint = f"; read them with `ns.read_images(paths, size={wanted[1:]})`" if field == "image" else ""
+        channels = f", channels={wanted[0]}" if wanted[0] != 3 else ""
+        hint = f"; read them with `ns.read_images(paths, size={wanted[1:]}{channels})`" if field == "image" else ""
         raise ValueError(
             f"this system encodes {field}s [B, {', '.join(map(str, wanted))}], got {list(images.shape)}{hint}"
         )
@@ -296,7 +302,14 @@ def logits(system: System, tokens: Sequence[Tokens], labels: Labels, schedule: S
 
 
 def _checked(system: System, tokens: Sequence[Tokens], schedule: Schedule) -> list[Tokens]:
-    lengths = [first_tensor(token_map).shape[1] for token_map in tokens]
+    firsts = [first_tensor(token_map) for token_map in tokens]
+    if any(not isinstance(first, Tensor) or first.ndim < 2 for first in firsts):
+        raise ValueError(
+            f"expected a list of token maps [B, l], one a scale, got {brief([type(t).__name__ for t in tokens])}"
+        )
+    if len({len(first) for first in firsts}) > 1 or any(len(first) == 0 for first in firsts):
+        raise ValueError(f"expected as many images at every scale, got {[len(first) for first in firsts]}")
+    lengths = [first.shape[1] for first in firsts]
     if not lengths or tuple(lengths) != schedule.lengths[: len(lengths)]:
         raise ValueError(f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {lengths}")
     for token_map in tokens:
@@ -314,6 +327,11 @@ def _check_kind(tokens: Tokens, pyramid: Pyramid) -> None:
         got = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
         hint = "; soft weights over the choices are ns.Soft(weights)" if pyramid.kind in ("ids", "bits") else ""
         raise ValueError(f"this system's tokens are {pyramid.kind}, got {got}{hint}")
+    if whole and pyramid.kind in ("ids", "bits") and isinstance(tokens, Tensor):
+        least, most = (int(n) for n in tokens.aminmax())
+        if least < 0 or most >= pyramid.codes:
+            wrong = least if least < 0 else most
+            raise ValueError(f"this system's tokens are {pyramid.kind} from 0 to {pyramid.codes - 1}, got {wrong}")
 
 
 def teacher_logits(system: System, tokens: Sequence[Tokens], condition: Condition, schedule: Schedule) -> Tensor:

@@ -200,14 +200,14 @@ def test_prompts_are_for_readers_of_texts_whatever_their_field(system):
     reads, told = infinity.build(infinity.tiny()), ns.load(system)
     reads.readers["caption"].field = "prompt"
     assert (reads.texts, told.texts) == (["caption"], [])
-    assert draw.read_labels(reads, "", ["a cat"]) == ["a cat"]
+    assert draw.read_labels(reads, (), ["a cat"]) == ["a cat"]
     with pytest.raises(ValueError, match="told what to draw by --labels"):
-        draw.read_labels(told, "", ["a cat"])
+        draw.read_labels(told, (), ["a cat"])
 
 
 def test_a_class_may_be_called_like_a_number(system):
     loaded = ns.load(system)
-    assert draw.read_labels(loaded, "7, 2,NONE") == ["7", 2, None]
+    assert draw.read_labels(loaded, ["7, 2,NONE"]) == ["7", 2, None]
     assert [draw.caption(loaded, label) for label in ("7", 2, None, 3)] == ["7", "7", "no class", "class 3"]
 
 
@@ -819,3 +819,23 @@ def test_module_and_closed_pipe():
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) in (0, 141)
     process.stderr.close()
+
+
+@pytest.mark.parametrize("words", [["list"], ["info"], ["info", "emoji-64"], ["--help"], ["sample", "--help"]])
+def test_what_only_tells_does_not_import_torch(words):
+    """Which takes seconds. A process of its own, since this one has imported it."""
+    code = "import sys; from nextscale.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_shipped_facts_are_those_of_the_system(nextscale):
+    from nextscale.cli.about import _published
+    from nextscale.published.convert import published_names
+
+    assert sorted(_published()) == sorted(published_names())
+    for name in ns.shipped():
+        system, told = ns.load(name), "\n".join(nextscale("info", name).out)
+        count = sum(parameter.numel() for parameter in system.model.parameters())
+        assert f"{count / 1e6:.1f} M parameters" in told and f"{system.schedule} (" in told
+        assert f"{system.image_size[0]}x{system.image_size[1]} pixels" in told

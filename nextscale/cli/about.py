@@ -1,7 +1,13 @@
-"""`nextscale info` and `list`: facts about systems, recipes and the installation."""
+"""`nextscale info` and `list`: facts about systems, recipes and the installation.
+
+Importing torch takes seconds, so it is not imported for what comes with the package: files say it all.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
+import math
 import platform
 import shutil
 import textwrap
@@ -13,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
-from nextscale.cli.methods import Methods, applies_to, load_changed, recipe_files, summary
+from nextscale.cli.methods import Methods, applies_to, constant, load_changed, recipe_files, summary
 
 PACKAGE = Path(ns.__file__).parent
 
@@ -31,6 +37,7 @@ def info(
     system: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]", help_behavior_hint="(default: none)")
     ] = "",
+    devices: bool = False,
     methods: Methods = (),
 ) -> None:
     """Describe a system: classes, sizes, sampling, files, licence; without a name, the installation.
@@ -38,25 +45,34 @@ def info(
     Try: nextscale info emoji-64
 
     Args:
-        system: shipped name, folder, or hub name
+        system: shipped name, folder (of a system or a training), or hub name
+        devices: also name the devices that torch sees here, which takes seconds
     """
     if methods and not system:
         raise ValueError(
             "info --with needs the name of the system that the method changes; try `nextscale info emoji-64`"
         )
-    _print_table(_system_facts(system, methods) if system else _installation_facts())
+    shipped = _shipped()
+    if not system:
+        facts = _installation_facts(devices)
+    elif system in shipped and not methods:
+        facts = _shipped_facts(system, shipped[system])
+    else:
+        facts = _system_facts(system, methods)
+    _print_table(facts)
 
 
 def list_() -> None:
     """List the systems that ship with the package, the recipes, and the published models that `convert` knows."""
     print("systems:")
-    names = sorted(path.parent.name for path in (PACKAGE / "weights").glob("*/config.json"))
-    for name in names:
-        system = ns.load(name)
-        height, width = system.image_size
-        told = "prompts" if system.texts else f"{len(system.classes)} classes"
-        print(f"  {name:<14} {height}x{width} px, {_millions(system)} parameters, {told}")
-    if not names:
+    shipped = _shipped()
+    for name, folder in shipped.items():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (height, width), classes = config["image_size"], config["config"].get("classes")
+        count = sum(_parameters(folder, part) for part in config["parts"])
+        told = f"{len(classes)} classes" if classes else "prompts"
+        print(f"  {name:<14} {height}x{width} px, {_millions(count)} parameters, {told}")
+    if not shipped:
         print("  none in this installation")
     changing = {name: kinds for name, path in recipe_files().items() if (kinds := applies_to(path))}
     print("recipes that build systems:")
@@ -67,19 +83,70 @@ def list_() -> None:
     for name, kinds in changing.items():
         print(f"  {name:<14} {summary(recipe_files()[name])}")
         print(f"  {'':<14} applies to {kinds}")
-    from nextscale.published.convert import published_names
-
     print("published models (nextscale convert NAME --to FOLDER):")
-    print(textwrap.fill(", ".join(published_names()), 100, initial_indent="  ", subsequent_indent="  "))
+    print(textwrap.fill(", ".join(_published()), 100, initial_indent="  ", subsequent_indent="  "))
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
+def _shipped() -> dict[str, Path]:
+    """Names and folders of the systems that come along, as `ns.shipped` finds them."""
+    return {path.parent.name: path.parent for path in sorted((PACKAGE / "weights").glob("*/config.json"))}
+
+
+def _published() -> list[str]:
+    """Names of the published models, as `published_names` finds them."""
+    tables = (constant(path, "OFFICIAL") for path in sorted((PACKAGE / "published").glob("*_layout.py")))
+    keys = (key for table in tables if isinstance(table, ast.Dict) for key in table.keys)
+    return [ast.literal_eval(key) for key in keys if key is not None]
+
+
+def _parameters(folder: Path, part: str) -> int:
+    """Numbers in a file of weights, as its header says."""
+    with (folder / f"{part}.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _shipped_facts(name: str, folder: Path) -> Iterable[tuple[str, str]]:
+    from nextscale.data.attribution import ATTRIBUTION
+    from nextscale.sampling.defaults import SamplingDefaults
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config["config"]
+    sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in settings["sizes"]]
+    shown = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in sizes)
+    yield "system", name
+    yield "recipe", f"{config['recipe']}: {summary(recipe_files()[config['recipe']])}"
+    yield "image size", "{}x{} pixels".format(*config["image_size"])
+    yield "schedule", f"{shown} ({len(sizes)} scales, {sum(h * w for h, w in sizes)} tokens)"
+    for part in config["parts"]:
+        yield part, f"{_millions(_parameters(folder, part))} parameters"
+    yield "sampling", SamplingDefaults.model_validate(settings["sampling"]).words()
+    if classes := settings.get("classes"):
+        yield f"classes ({len(classes)})", ", ".join(classes)
+    else:
+        yield "told by", f"prompts: nextscale sample --system {name} --prompt TEXT"
+    yield from _files(folder)
+    yield "data", ATTRIBUTION
+    yield "weights", f"trained on {ATTRIBUTION}; share them under the same licence, with this attribution"
+    yield "versions", _versions()
+
+
+def _files(folder: Path) -> Iterable[tuple[str, str]]:
+    yield "folder", str(folder)
+    yield "files", ", ".join(f"{path.name} {_size(path)}" for path in sorted(folder.iterdir()) if path.is_file())
+    card = folder / "README.md"
+    yield "model card", str(card) if card.exists() else "none in the folder"
+
+
 def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]]:
+    from nextscale.checkpoint import find_folder
+
     system = load_changed(name, "cpu", methods)
-    shipped = ns.shipped()
-    folder = shipped.get(name, Path(name))
+    shipped = _shipped()
+    folder = find_folder(name)
     recipe = Path(ns.find_recipe(system.recipe).__file__)
     schedule, (height, width) = system.schedule, system.image_size
     yield "system", name
@@ -89,11 +156,11 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
         yield "changed by", f"{change.recipe}: {settings}"
     yield "image size", f"{height}x{width} pixels"
     yield "schedule", f"{schedule} ({len(schedule)} scales, {schedule.length} tokens)"
-    yield "tokenizer", f"{_millions(system.tokenizer)} parameters"
+    yield "tokenizer", f"{_millions(_count(system.tokenizer))} parameters"
     if system.model is None:
         yield "model", "none; train one with `nextscale train generator`"
     else:
-        yield "model", f"{_millions(system.model)} parameters"
+        yield "model", f"{_millions(_count(system.model))} parameters"
         yield "sampling", system.sampling.words()
         for said, reader in system.readers.items():
             if said in system.texts:
@@ -103,15 +170,9 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
                 yield f"classes ({count})", names
             else:
                 yield "told by", f"{said} ({type(reader).__name__})"
-    if folder.is_dir():
-        yield "folder", str(folder)
-        yield "files", ", ".join(f"{path.name} {_size(path)}" for path in sorted(folder.iterdir()) if path.is_file())
-        card = folder / "README.md"
-        yield "model card", str(card) if card.exists() else "none in the folder"
-    else:
-        yield "model card", f"https://huggingface.co/{name}"
+    yield from _files(folder)
     if name in shipped:
-        from nextscale.data.openmoji import ATTRIBUTION
+        from nextscale.data.attribution import ATTRIBUTION
 
         yield "data", ATTRIBUTION
         yield "weights", f"trained on {ATTRIBUTION}; share them under the same licence, with this attribution"
@@ -120,12 +181,12 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
     yield "versions", _versions()
 
 
-def _installation_facts() -> Iterable[tuple[str, str]]:
-    from nextscale.data.openmoji import ATTRIBUTION
+def _installation_facts(devices: bool) -> Iterable[tuple[str, str]]:
+    from nextscale.data.attribution import ATTRIBUTION
     from nextscale.files import cache_dir
 
     yield "versions", _versions()
-    yield "devices", ", ".join(_devices())
+    yield "devices", ", ".join(_devices()) if devices else "`nextscale info --devices` asks torch"
     yield "package", str(PACKAGE)
     yield "cache", f"{cache_dir()} ({'there' if cache_dir().is_dir() else 'not made yet'}; NEXTSCALE_CACHE moves it)"
     for extra, packages in EXTRAS.items():
@@ -133,9 +194,9 @@ def _installation_facts() -> Iterable[tuple[str, str]]:
         missing = [package for package, version in found.items() if version is None]
         state = ", ".join(f"{package} {version}" for package, version in found.items() if version)
         if missing:
-            state = f"missing {', '.join(missing)}: pip install nextscale[{extra}]"
+            state = f"missing {', '.join(missing)}: pip install 'nextscale[{extra}]'"
         yield f"extra {extra}", state
-    yield "systems", ", ".join(ns.shipped()) or "none in this installation"
+    yield "systems", ", ".join(_shipped()) or "none in this installation"
     yield "licences", f"code MIT; table of emoji and shipped weights: {ATTRIBUTION}"
 
 
@@ -168,8 +229,11 @@ def _devices() -> list[str]:
     return ["cpu", *gpus]
 
 
-def _millions(module: Any) -> str:
-    count = sum(parameter.numel() for parameter in module.parameters())
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
-from nextscale.cli.draw import PROMPT, Label, caption, generate, read_labels
+from nextscale.cli.draw import LABELS, PROMPT, Label, caption, generate, read_labels
 from nextscale.cli.options import Flat, Loading, Picking, at_least_one, check_device, check_images, check_pictures
 
 BoxText = Annotated[str, tyro.conf.arg(metavar="Y0,X0,Y1,X1", help_behavior_hint="(this or --mask)")]
@@ -21,14 +22,14 @@ class Inpainting:
 
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")]
     """image file"""
-    labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: no class)")] = ""
+    labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(default: no class)")] = ()
     """names or numbers of classes with commas between, or none; a row of the picture for each"""
     prompt: Annotated[tuple[str, ...], PROMPT] = ()
     """descriptions in words instead of labels, for systems that read them; a row of the picture for each"""
     box: BoxText = ""
     """the part to generate: top, left, bottom, right as fractions of the image"""
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(this or --box)")] = None
-    """image file instead of a box, white where to generate; fitted as IMAGE is"""
+    """image file instead of a box, white (and not transparent) where to generate; fitted as IMAGE is"""
     count: int = 4
     """results for each label"""
     out: Path = Path("inpainted.png")
@@ -51,7 +52,7 @@ class Outpainting(Inpainting):
 class Editing(Inpainting):
     """A change to given classes."""
 
-    labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(this or --prompt)")] = ""
+    labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(this or --prompt)")] = ()
     """names or numbers of the target classes with commas between; a row of the picture for each"""
     out: Path = Path("edited.png")
     """picture to write; the extension says the format"""
@@ -85,7 +86,7 @@ def edit(change: Annotated[Editing, Flat]) -> None:
 
     The picture is that of `nextscale inpaint`. The last line is its path.
     """
-    if not change.labels.strip() and not change.prompt:
+    if not "".join(change.labels).strip() and not change.prompt:
         raise ValueError(
             "edit needs the target classes as --labels, or --prompt; `nextscale inpaint` fills without a class"
         )
@@ -99,30 +100,37 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     """
     import torch
 
-    from nextscale.data.images import read_image_file, save_images
+    from nextscale.data.images import check_grid, read_image_file, save_images
     from nextscale.sampling.edit import generated_tokens, keep_masks
 
     count, picking = change.count, change.picking
     at_least_one(count=count)
     picking.check()
-    check_pictures(change.out)
+    check_pictures(change.out, inputs=[change.image, *([change.mask] if change.mask else [])])
     check_device(change.loading.device)
     where = _marked(change.box, change.mask)
 
     loading = change.loading.told(change.prompt)
     system = loading.load()
     system.need_model()
-    told = change.prompt or change.labels.strip()
-    labels: list[Label] = read_labels(system, change.labels, change.prompt) if told else [None]
+    told = change.prompt or "".join(change.labels).strip()
+    labels: list[Label] = read_labels(system, change.labels, change.prompt, name=loading.name) if told else [None]
     options, how = picking.resolve(system)
     rows = [label for label in labels for _ in range(count)]
     check_images(len(rows) + 3 * len(labels))
-    source = ns.read_images(change.image, system.image_size)
+    check_grid(change.out, len(rows) + 3 * len(labels), system.image_size, 3 + count)
+    source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
     if isinstance(where, Path):
-        white = read_image_file(where, system.image_size).float().mean(dim=0) > 127.5  # [H, W]
+        pixels = read_image_file(where, system.image_size, channels=4).float()
+        white = (pixels[:3].mean(dim=0) > 127.5) & (pixels[3] > 127.5)  # [H, W]; what is transparent marks nothing
         marked = generated_tokens(system, 1, white)
     else:
-        marked = generated_tokens(system, 1, box=where, inside=inside)
+        marked = generated_tokens(system, 1, box=box_in_crop(where, change.image, system.image_size), inside=inside)
+    if not marked.any():
+        raise ValueError(
+            f"--{'mask' if change.mask else 'box'} marks nothing to generate in the part of {change.image} that is used, which "
+            "is its middle in the shape of the system's images; mark more of it"
+        )
     tokens = ns.encode(system, source)
     kept = ns.keep_tokens(tokens, keep_masks(~marked, system.schedule))  # one row, for all images
     results = generate(system, rows, picking.seed, options, edit=kept)[-1].images
@@ -138,6 +146,22 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     ]
     title = f"{loading.title(system)}, {change.image.name}, seed {picking.seed}, {how}"
     return save_images(torch.cat(tiles), change.out, columns=3 + count, labels=captions, title=title)
+
+
+def box_in_crop(box: Sequence[float], image: Path, size: tuple[int, int]) -> tuple[float, ...]:
+    """A box in fractions of an image file, in fractions of the part of it that is used: its middle in the shape of `size`."""
+    from nextscale.data.images import picture_size
+
+    (height, width), (h, w) = picture_size(image), size
+    used = min(height, width * h / w) / height, min(width, height * w / h) / width  # shares of both sides
+    inner = [(edge - (1 - used[i % 2]) / 2) / used[i % 2] for i, edge in enumerate(box)]
+    y0, x0, y1, x1 = (min(1.0, max(0.0, edge)) for edge in inner)
+    if y0 >= y1 or x0 >= x1:
+        raise ValueError(
+            f"--box lies outside of the part of {image} that is used: of its {height}x{width} pixels the middle "
+            f"{used[0] * height:.0f}x{used[1] * width:.0f}"
+        )
+    return y0, x0, y1, x1
 
 
 def _marked(box: str, mask: Path | None) -> tuple[float, ...] | Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +15,7 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.options import (
+    SHIPPED,
     Flat,
     Loading,
     Picking,
@@ -19,6 +24,7 @@ from nextscale.cli.options import (
     check_images,
     check_pictures,
 )
+from nextscale.settings import brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,17 +42,19 @@ DEMO_LABELS = (
 
 # As many words as there are prompts: each is one argument.
 PROMPT = tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")
+# Each word is a label or several with commas between; the option may be repeated.
+LABELS = tyro.conf.arg(metavar="NAME,NAME")
 Label = str | int | None  # the name or number of a class, or none
 
 
 def sample(
-    labels: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: the first 8 classes)")] = "",
+    labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(default: the first 8 classes)")] = (),
     prompt: Annotated[tuple[str, ...], PROMPT] = (),
     count: int = 8,
     preset: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
     out: Path = Path("grid.png"),
     scales: Path | None = None,
-    columns: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: --count)")] = None,
+    columns: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: --count, up to 16)")] = None,
     picking: Annotated[Picking, Flat] = Picking(),
     loading: Annotated[Loading, Flat] = Loading(),
 ) -> None:
@@ -58,34 +66,49 @@ def sample(
     The same command draws the same picture; image i draws from seed + i. The last line is the picture's path.
 
     Args:
-        labels: names or numbers of classes with commas between, or none; `nextscale info SYSTEM` lists them
+        labels: names or numbers of classes with commas between (a name with a comma in quotes, or as a word of its own), or
+            none; `nextscale info SYSTEM` lists them
         prompt: descriptions in words instead of labels, for systems that read them
         count: images for each label or prompt
         preset: sampling settings by name, which other options change; of VAR's: paper-256 and paper-512 (the published
             scores), demo, better (smooth, strong guidance), editing
-        out: picture to write; the extension says the format
+        out: picture to write; the extension says the format. A name without one is a folder of single images as they are,
+            and .npz an array of them, for scores
         scales: also write the same images scale by scale into this picture
         columns: images in a row
     """
-    from nextscale.data.images import save_images
+    from nextscale.data.images import check_grid, is_folder, save_images
 
     at_least_one(count=count, columns=columns)
     picking.check()
-    check_pictures(out, *([scales] if scales else []))
+    check_pictures(*([scales] if scales else []), out=out)
     check_device(loading.device)
 
     loading = loading.told(prompt)
     system = loading.load()
-    rows = [label for label in read_labels(system, labels, prompt) for _ in range(count)]
+    rows = [label for label in read_labels(system, labels, prompt, name=loading.name) for _ in range(count)]
     check_images(len(rows))
+    columns = columns or _columns(count, len(rows))
+    check_grid(out, len(rows), system.image_size, columns)
+    if scales:
+        check_grid(scales, len(rows) * len(system.schedule), system.image_size, len(system.schedule))
     options, how = picking.resolve(system, preset)
     frames = generate(system, rows, picking.seed, options, every_scale=scales is not None)
     captions = [caption(system, label) for label in rows]
     title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     if scales:
         print(_save_scales(frames, captions, scales, title))
-    columns = columns or (count if count > 1 else None)
-    print(save_images(frames[-1].images, out, columns=columns, labels=captions, title=title))
+    exact = is_folder(out) or out.suffix.lower() == ".npz"
+    texts: dict[str, Any] = {} if exact else {"labels": captions, "title": title}
+    print(save_images(frames[-1].images, out, columns=columns, **texts))
+
+
+def _columns(count: int, total: int) -> int:
+    """Images in a row: those of a label, or of many as even rows of about sixteen, or as many as rows in all."""
+    if count == 1:
+        return math.ceil(math.sqrt(total))
+    most = max(16, math.isqrt(total))
+    return math.ceil(count / math.ceil(count / most))
 
 
 def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading()) -> None:
@@ -103,7 +126,7 @@ def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading())
     check_device(loading.device)
     system, picking = loading.load(), Picking()
     known = set(DEMO_LABELS) <= set(system.classes)
-    kinds = list(DEMO_LABELS) if known else read_labels(system, "", most=len(DEMO_LABELS))
+    kinds = list(DEMO_LABELS) if known else read_labels(system, most=len(DEMO_LABELS))
     labels: list[Label] = [label for label in kinds for _ in range(DEMO_COUNT)]
     options, how = picking.resolve(system)
     frames = generate(system, labels, picking.seed, options, every_scale=True)
@@ -137,15 +160,18 @@ def reconstruct(
     """
     import torch
 
-    from nextscale.data.images import save_images
+    from nextscale.data.images import check_grid, save_images
     from nextscale.output import at_size
 
     if not images:
         raise ValueError("reconstruct needs at least one image file; try `nextscale reconstruct dog.png`")
-    check_pictures(out)
+    check_pictures(out, inputs=images)
     check_device(loading.device)
     system = loading.load()
-    originals = ns.read_images(images, system.image_size)
+    columns = 1 + len(system.schedule)
+    check_images(len(images) * columns)
+    check_grid(out, len(images) * columns, system.image_size, columns)
+    originals = ns.read_images(images, system.image_size, system.tokenizer.channels)
     tokens = ns.encode(system, originals)
     steps = [at_size(ns.decode(system, tokens[: k + 1]).cpu(), system.image_size) for k in range(len(tokens))]
     scores = torch.stack([ns.psnr(step, originals) for step in steps], dim=1).tolist()  # [B, K]
@@ -155,17 +181,24 @@ def reconstruct(
         labels += [path.name, *(f"{name} {score:.1f} dB" for name, score in marks)]
         print(f"{path}  {row[-1]:.2f} dB")
     tiles = torch.stack([originals, *steps], dim=1).flatten(0, 1)
-    print(save_images(tiles, out, columns=1 + len(steps), labels=labels))
+    print(save_images(tiles, out, columns=columns, labels=labels))
 
 
 # ---- what drawing is made of -----------------------------------------------------------------------------------------
 
 
-def read_labels(system: System, text: str, prompt: Sequence[str] = (), *, most: int = 8) -> list[Label]:
-    """What the user wrote as labels or prompts that the system takes; nothing means the first `most` classes."""
+def read_labels(
+    system: System, words: Sequence[str] = (), prompt: Sequence[str] = (), *, most: int = 8, name: str = ""
+) -> list[Label]:
+    """What the user wrote as labels or prompts that the system takes; nothing means the first `most` classes.
+
+    A word is the name of a class, or names and numbers with commas between, those with a comma in quotes. `name`: of the
+    system, for messages.
+    """
     system.need_model()
-    name, reader = next(iter(system.readers.items()))
-    reads_texts = name in system.texts
+    said, reader = next(iter(system.readers.items()))
+    reads_texts = said in system.texts
+    text = " ".join(words)
     if reads_texts != bool(prompt) or (prompt and text.strip()):
         takes, other = ("--prompt", "--labels") if reads_texts else ("--labels", "--prompt")
         raise ValueError(f"this system is told what to draw by {takes}, not by {other}; `nextscale list` names others")
@@ -173,11 +206,29 @@ def read_labels(system: System, text: str, prompt: Sequence[str] = (), *, most: 
         return list(prompt)
     if not text.strip():
         return list(reader.choices[:most])
-    labels = [_label(system, word.strip()) for word in text.split(",") if word.strip()]
+    labels = [label for word in words for label in _labels(system, reader, word)]
     if not labels:
-        raise ValueError(f"--labels needs names or numbers with commas between, got {text!r}")
-    reader.check(labels)
+        raise ValueError(f"--labels needs names or numbers with commas between, got {brief(text)}")
+    try:
+        reader.check(labels)
+    except ValueError as error:
+        raise ValueError(str(error).replace("info SYSTEM", f"info {name or SHIPPED}")) from None
     return labels
+
+
+def _labels(system: System, reader: Any, word: str) -> list[Label]:
+    """The labels in a word: itself, if a class has that name with its commas, or those between its commas."""
+    if "," in word:
+        with suppress(ValueError):
+            reader.check([word.strip()])
+            return [word.strip()]
+    try:
+        (parts,) = csv.reader([word], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError):
+        raise ValueError(
+            f"--labels: the quotes in {brief(word)} do not close; write 'one,\"two, with a comma\"'"
+        ) from None
+    return [_label(system, part.strip()) for part in parts if part.strip()]
 
 
 def _label(system: System, word: str) -> Label:
@@ -185,7 +236,7 @@ def _label(system: System, word: str) -> Label:
         return word
     if word.lower() == "none":
         return None
-    return int(word) if word.removeprefix("-").isdecimal() else word
+    return int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else word
 
 
 def caption(system: System, label: Label) -> str:

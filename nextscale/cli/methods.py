@@ -76,10 +76,18 @@ def summary(path: Path) -> str:
 
 def applies_to(path: Path) -> str:
     """What systems a recipe changes, its `APPLIES_TO`, without importing it; empty for one that builds systems."""
+    value = constant(path, "APPLIES_TO")
+    return ast.literal_eval(value) if value is not None else ""
+
+
+def constant(path: Path, name: str) -> ast.expr | None:
+    """What a module assigns to a name at its top, without importing it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "APPLIES_TO":
-            return ast.literal_eval(node.value)
-    return ""
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return node.value
+    return None
 
 
 def take_methods(words: Sequence[str]) -> tuple[list[str], list[Method]]:

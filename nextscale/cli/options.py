@@ -40,6 +40,11 @@ class Loading:
     """of weights and activations; what decides tokens stays float32"""
     methods: Methods = ()
 
+    @property
+    def name(self) -> str:
+        """The system's name, as the user may write it again."""
+        return self.system or SHIPPED
+
     def title(self, system: System) -> str:
         """What pictures of the loaded system call it: its name, and the methods that changed it."""
         name, changes = Path(self.system or SHIPPED).name, " and ".join(change.recipe for change in system.changes)
@@ -144,19 +149,22 @@ def check_images(count: int) -> None:
         raise ValueError(f"a picture holds at most {MOST_IMAGES} images, got {count}; lower --count")
 
 
-def check_pictures(*paths: Path) -> None:
-    """Refuse what could not be written later, before any work; leaves nothing behind."""
-    from nextscale.data.images import writable_extensions
+def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path] = ()) -> None:
+    """Refuse what could not be written later, before any work; leaves nothing behind. `out` may also be a folder of single
+    images, or .npz; `inputs` are files that must stay."""
+    from nextscale.data.images import image_format, is_folder
 
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise ValueError(f"two pictures would go to {paths[0]}; give them different names")
-    for path in paths:
-        if path.suffix.lower() not in writable_extensions():
-            raise ValueError(
-                f"cannot write {path}: unknown image extension {path.suffix!r}; expected .png, .jpg, .webp or another "
-                "that Pillow writes"
-            )
-        check_writable(path)
+    outputs = [*paths, *([] if out is None else [out])]
+    places = [path.resolve() for path in outputs]
+    if len(set(places)) < len(places):
+        raise ValueError(f"two pictures would go to {outputs[0]}; give them different names")
+    for path, place in zip(outputs, places, strict=True):
+        if place in [source.resolve() for source in inputs]:
+            raise ValueError(f"{path} is read, and would be overwritten; give another --out")
+        exact = path == out and (is_folder(path) or path.suffix.lower() == ".npz")
+        if not exact:
+            image_format(path)
+        check_writable(path / "00000.png" if exact and path.suffix.lower() != ".npz" else path)
 
 
 def check_writable(path: Path) -> None:

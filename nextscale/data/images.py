@@ -1,7 +1,9 @@
-"""Image files to tensors and back: reading at a size, uint8, labelled grids."""
+"""Image files to tensors and back: reading at a size, what users call images, uint8, exact files, labelled grids."""
 
+import functools
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -14,17 +16,24 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from nextscale.files import atomic_write
+from nextscale.settings import brief
 
 Size = int | tuple[int, int]
 PathLike = str | os.PathLike[str]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+MOST_SIDE = 16_384  # of an image that is read
+# The longest side that a format can hold, and those that hold opacity, by Pillow's names.
+LONGEST = {"JPEG": 65_535, "WEBP": 16_383, "GIF": 65_535, "ICO": 256, "AVIF": 65_535}
+WITH_OPACITY = ("PNG", "WEBP", "TIFF", "JPEG2000", "TGA", "ICO", "AVIF")
+MOST_PIXELS = 250_000_000  # of a grid
+TILE, GAP = 128, 4  # in a grid images are shown at least so large, with so much between them
 
 
 def height_width(size: Size) -> tuple[int, int]:
     """`size` as (height, width); an int means a square. Raises ValueError unless both are positive integers."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in pair):
-        raise ValueError(f"size: expected a positive integer or (height, width), got {size!r}")
+    pair = (size, size) if isinstance(size, int) or not isinstance(size, Iterable) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MOST_SIDE for n in pair):
+        raise ValueError(f"size: expected a side or (height, width) of 1 to {MOST_SIDE} pixels, got {brief(size)}")
     return pair
 
 
@@ -36,6 +45,7 @@ def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: boo
     PermissionError, and ValueError for a file that is no image, is damaged, or is larger than Pillow's decompression-bomb
     limit.
     """
+    height_width(size)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such image file: {path} (relative paths start from {Path.cwd()})")
@@ -64,6 +74,14 @@ def decode_image(source: Any, size: Size, name: str, channels: int = 3, *, whole
     return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()  # [C, h, w]
 
 
+def picture_size(path: PathLike) -> tuple[int, int]:
+    """Height and width in pixels of an image file, turned upright. Errors as in `decode_image`."""
+    with _opened(path, str(path)) as image:
+        width, height = image.size
+        sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the tag of the orientation
+    return (width, height) if sideways else (height, width)
+
+
 def examine_image(source: Any, name: str) -> int:
     """Decode all of an image, as cheaply as its format allows; returns its shorter side. Errors as in `decode_image`."""
     with _opened(source, name) as image:
@@ -89,15 +107,71 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def read_images(paths: PathLike | Iterable[PathLike], size: Size) -> Tensor:
-    """Image files as float [B, 3, h, w] in [-1, 1], each resized by its short side and centre-cropped to `size`.
+def read_images(paths: PathLike | Iterable[PathLike], size: Size, channels: int = 3) -> Tensor:
+    """Image files as float [B, channels, h, w] in [-1, 1], each resized by its short side and centre-cropped to `size`.
 
-    `paths`: one path or several; `size`: side of a square, or (height, width). Errors as in `read_image_file`.
+    `paths`: one path or several; `size`: side of a square, or (height, width); `channels`: 3, 1 (greys) or 4 (with opacity).
+    Errors as in `read_image_file`.
     """
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not files:
         raise ValueError("read_images: expected at least one path, got none")
-    return to_float(torch.stack([read_image_file(path, size) for path in files]))
+    return to_float(torch.stack([read_image_file(path, size, channels) for path in files]))
+
+
+def as_images(images: Any, channels: int) -> Tensor:
+    """What users call images, as float32 [B, channels, H, W] in [-1, 1]; what is that already passes as it is.
+
+    Taken are tensors [C, H, W] or [B, C, H, W] of any float type in [-1, 1] or of uint8 in 0 to 255; arrays of the same, also
+    [H, W, C] or [B, H, W, C]; Pillow images; and lists of such images of one size. Raises ValueError for everything else: other
+    channels, numbers that are not finite or far from [-1, 1], none at all.
+    """
+    wanted = f"images [B, {channels}, H, W], float in [-1, 1] or uint8"
+    if isinstance(images, Image.Image):
+        images = _pixels(images, channels)
+    elif isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError(f"expected {wanted}, got an empty list")
+        singles = [as_images(image, channels) for image in images]
+        if any(single.shape != singles[0].shape for single in singles):
+            sizes = ", ".join(str(list(single.shape[-2:])) for single in singles[:5])
+            raise ValueError(f"expected images of one size, got {sizes}; read them with `ns.read_images(paths, size)`")
+        return torch.cat(singles)
+    elif isinstance(images, np.ndarray):
+        if images.dtype.kind not in "uf" or (images.dtype.kind == "u" and images.dtype != np.uint8):
+            raise ValueError(f"expected {wanted}, got an array of {images.dtype}; convert it with .astype(np.uint8)")
+        if images.ndim in (3, 4) and images.shape[-1] == channels != images.shape[-3]:  # channels last
+            images = np.moveaxis(images, -1, -3)
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"expected {wanted}, got {type(images).__name__}; read files with `ns.read_images(paths, size)`"
+        )
+    if images.ndim == 2 and channels == 1:
+        images = images[None]
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
+        last = images.ndim == 4 and images.shape[-1] == channels
+        hint = "; put the channels first: x.permute(0, 3, 1, 2)" if last else ""
+        raise ValueError(f"expected {wanted}, got {list(images.shape)}{hint}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"expected {wanted}, got {images.dtype}; convert bytes with .to(torch.uint8)")
+    images = to_float(images)
+    largest = float(images.detach().abs().amax())
+    if not math.isfinite(largest):
+        raise ValueError(f"expected {wanted}, got numbers that are not finite (NaN or inf); look at what made them")
+    if largest > 8:
+        raise ValueError(f"expected {wanted}, got floats up to {largest:g}; floats of 0 to 255 become x / 127.5 - 1")
+    return images
+
+
+def _pixels(image: Image.Image, channels: int) -> Tensor:
+    """A Pillow image as it is, uint8 [C, H, W]."""
+    with _opened(image.copy(), "the Pillow image") as copy:
+        upright = ImageOps.exif_transpose(_with_opacity(copy) if channels == 4 else _on_white(copy))
+        pixels = np.array(upright.convert(MODES[channels]))
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -132,37 +206,48 @@ def image_grid(
     labels: Sequence[str] | None = None,
     title: str | None = None,
     scale: int | None = None,
+    border: int | None = None,
 ) -> Image.Image:
     """Images in rows, as a Pillow image on white.
 
     `images`: [B, C, H, W] or [C, H, W] with 1, 3 or 4 channels, float in [-1, 1] or uint8. `labels`: one string for each
     image, written under it. `scale`: whole number by which pixels are repeated; by default images are shown at 128 px at
-    least.
+    least. `border`: pixels around each image, by default 4.
     """
     batch = images[None] if images.ndim == 3 else images
     if batch.ndim != 4 or batch.shape[1] not in MODES or 0 in batch.shape:
         raise ValueError(f"expected images [B, C, H, W] or [C, H, W] of 1, 3 or 4 channels, got {list(images.shape)}")
     if labels is not None and (isinstance(labels, str) or len(labels) != len(batch)):
         raise ValueError(f"expected one label for each of {len(batch)} images, got {labels!r}")
-    for name, number in (("columns", columns), ("scale", scale)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    for name, number, least, most in (
+        ("columns", columns, 1, 10**6),
+        ("scale", scale, 1, 1024),
+        ("border", border, 0, 1024),
+    ):
+        if number is not None and not (isinstance(number, int) and least <= number <= most):
+            raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {brief(number)}")
     colours = batch if batch.shape[1] == 3 else on_white(to_float(batch))
     pixels = to_uint8(colours).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
     count, height, width, _ = pixels.shape
-    scale = scale or max(1, math.ceil(128 / min(height, width)))
+    scale = scale or _usual_scale(height, width)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    height, width, gap = height * scale, width * scale, 4
+    height, width, gap = height * scale, width * scale, GAP if border is None else border
+    if (columns * (width + gap) + gap) * (rows * (height + gap) + gap) > MOST_PIXELS:
+        raise ValueError(
+            f"a grid of {count} images of {height}x{width} pixels is too large; give a smaller scale, or fewer images"
+        )
 
     font_size = min(18, max(12, width // 10))
-    font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 4)
+    written = [unicodedata.normalize("NFC", str(label)) for label in labels] if labels is not None else []
+    title = unicodedata.normalize("NFC", title) if title else ""
+    font, title_font = _font(font_size, "".join(written)), _font(font_size + 4, title)
     line = font_size + 4
-    texts = [_wrap(str(label), font, width) for label in labels] if labels is not None else [[] for _ in range(count)]
+    texts = [_wrap(label, font, width) for label in written] if labels is not None else [[] for _ in range(count)]
     text_height = max(map(len, texts)) * line
     grid_width = columns * (width + gap) + gap
     heading = _wrap(title, title_font, grid_width - 2 * gap) if title else []
-    top = len(heading) * (line + 6) + gap
+    top = (len(heading) * (line + 6) if heading else 0) + gap
     grid = Image.new("RGB", (grid_width, top + rows * (height + text_height + gap)), "white")
     draw = ImageDraw.Draw(grid)
     for i, words in enumerate(heading):
@@ -186,23 +271,98 @@ def save_images(
     labels: Sequence[str] | None = None,
     title: str | None = None,
     scale: int | None = None,
+    border: int | None = None,
 ) -> Path:
-    """Write images as one grid (see `image_grid`) in the format of the extension of `path`, whole or not at all.
+    """Write images, whole or not at all: for scores, every pixel as it is, or as a picture to look at.
 
-    Returns the path. Raises ValueError for an extension that Pillow cannot write, PermissionError for a folder that
-    cannot be written.
+    * One image, without texts, is written as it is: its own size and channels.
+    * `path` without an extension is a folder: each image becomes a PNG in it as it is, 00000.png, 00001.png, ...
+    * `path` that ends in .npz: uint8 [B, H, W, C] as `arr_0`, which scorers of samples read (ADM's).
+    * Everything else is a grid (see `image_grid`) in the format of the extension.
+
+    `images`: [B, C, H, W] or [C, H, W] with 1, 3 or 4 channels, float in [-1, 1] or uint8. Returns the path. Raises ValueError
+    for an extension that Pillow cannot write and for what its format cannot hold, PermissionError for a folder that cannot be
+    written.
     """
     path = Path(path)
-    known = writable_extensions()
-    if path.suffix.lower() not in known:
+    if path.suffix.lower() == ".npz" or is_folder(path):
+        batch = as_images(images, (images if isinstance(images, Tensor) else as_images(images, 3)).shape[-3])
+        pixels = to_uint8(batch).permute(0, 2, 3, 1).cpu().numpy()
+        if path.suffix.lower() == ".npz":
+            with atomic_write(path) as temporary:
+                np.savez(temporary, arr_0=pixels)
+            return path
+        for i, each in enumerate(pixels):
+            with atomic_write(path / f"{i:05}.png") as temporary:
+                Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each).save(temporary, format="PNG")
+        return path
+    format = image_format(path)
+    single = isinstance(images, Tensor) and (images.ndim == 3 or (images.ndim == 4 and len(images) == 1))
+    if single and labels is None and not title and scale in (None, 1) and not border:
+        tile = images if images.ndim == 3 else images[0]
+        if tile.ndim != 3 or tile.shape[0] not in MODES or 0 in tile.shape:
+            raise ValueError(f"expected an image [C, H, W] of 1, 3 or 4 channels, got {list(images.shape)}")
+        tile = tile if tile.shape[0] != 4 or format in WITH_OPACITY else on_white(to_float(tile[None]))[0]
+        pixels = to_uint8(tile).permute(1, 2, 0).cpu().numpy()
+        grid = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    else:
+        grid = image_grid(images, columns=columns, labels=labels, title=title, scale=scale, border=border)
+    if max(grid.size) > LONGEST.get(format, 2**31):
         raise ValueError(
-            f"cannot write {path}: unknown image extension {path.suffix!r}; expected one of .png, .jpg, .webp and "
-            f"{len(known)} more that Pillow writes"
+            f"cannot write {path}: {grid.width}x{grid.height} pixels, and {format} holds at most {LONGEST[format]} a side; "
+            "give a name that ends in .png, or other columns"
         )
-    grid = image_grid(images, columns=columns, labels=labels, title=title, scale=scale)
     with atomic_write(path) as temporary:
-        grid.save(temporary, format=known[path.suffix.lower()], quality=95)  # formats without a quality ignore it
+        grid.save(temporary, format=format, quality=95)  # formats without a quality ignore it
     return path
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether images are to be written into a folder of that name: one that is there, or a name without an extension."""
+    return Path(path).is_dir() or not Path(path).suffix
+
+
+def image_format(path: PathLike) -> str:
+    """Pillow's name of the format that an extension stands for. Raises ValueError if it writes none of that kind."""
+    known, suffix = writable_extensions(), Path(path).suffix.lower()
+    if suffix not in known:
+        raise ValueError(
+            f"cannot write {path}: unknown image extension {suffix!r}; expected one of .png, .jpg, .webp and "
+            f"{len(known)} more that Pillow writes, .npz, or a folder's name, without an extension"
+        )
+    return known[suffix]
+
+
+def check_grid(path: PathLike, count: int, size: tuple[int, int], columns: int) -> None:
+    """Raise ValueError if a file cannot hold a grid of so many images: before they are made."""
+    path = Path(path)
+    if path.suffix.lower() == ".npz" or is_folder(path):
+        return
+    format, scale = image_format(path), _usual_scale(*size)
+    columns = min(count, columns)
+    width = columns * (size[1] * scale + GAP) + GAP
+    height = math.ceil(count / columns) * (size[0] * scale + GAP + 44) + 60  # with texts
+    if max(width, height) > LONGEST.get(format, 2**31) or width * height > MOST_PIXELS:
+        raise ValueError(
+            f"cannot write {path}: {count} images in {columns} columns make about {width}x{height} pixels, and {format} holds "
+            f"at most {LONGEST.get(format, 2**31)} a side and {MOST_PIXELS:,} in all; lower --count, change --columns, or "
+            "write single files: --out FOLDER, or a name that ends in .npz"
+        )
+
+
+def _usual_scale(height: int, width: int) -> int:
+    return max(1, math.ceil(TILE / min(height, width)))
+
+
+@functools.lru_cache(maxsize=32)
+def _own_font(size: int) -> Any:
+    """DejaVu Sans with the letters of Latin, Greek and Cyrillic scripts."""
+    return ImageFont.truetype(str(Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"), size)
+
+
+def _font(size: int, text: str) -> Any:
+    """Pillow's own font, or for a text that it lacks letters of, one that has those of more languages."""
+    return ImageFont.load_default(size) if text.isascii() else _own_font(size)
 
 
 def readable_extensions() -> frozenset[str]:
@@ -239,10 +399,10 @@ def _on_white(image: Image.Image) -> Image.Image:
     return result
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 2) -> list[str]:
+def _wrap(text: str, font: Any, width: int, most: int = 2) -> list[str]:
     """Break a text into at most `most` lines that fit `width` pixels; what does not fit ends in an ellipsis."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text[:2000].split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
@@ -253,6 +413,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     for i, words in enumerate(kept):
         if font.getlength(words) > width:
             words = words.rstrip("…")
+            words = words[: 4 * width]
             while words and font.getlength(words + "…") > width:
                 words = words[:-1]
             kept[i] = words + "…"

@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nextscale.data.attribution import ATTRIBUTION as ATTRIBUTION
 from nextscale.data.images import to_float
 from nextscale.files import atomic_write, cache_dir
-
-ATTRIBUTION = "OpenMoji (https://openmoji.org), CC BY-SA 4.0"
 
 # Groups whose drawings stay what they are in a mirror; flags, signs, logos and letters do not.
 MIRROR_SAFE_GROUPS = frozenset(

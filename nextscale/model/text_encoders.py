@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nextscale.model.text_condition import Text
-from nextscale.settings import Settings
+from nextscale.settings import Settings, brief
 
 REMEMBERED = 16384  # texts
+MOST_LETTERS = 20_000  # of a text
+NAMED = 3  # texts that are too long
 
 
 class TextEncoder(nn.Module):
@@ -48,6 +51,7 @@ class TextEncoder(nn.Module):
         self.network: nn.Module | None = None
         self.place = torch.zeros((), dtype=dtype, device=device)  # goes where the network is, or will be
         self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._cut = 0  # texts that were too long
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
         before, self.place = self.place.dtype, fn(self.place)
@@ -69,7 +73,21 @@ class TextEncoder(nn.Module):
         """Raise ValueError if one of them is no text."""
         if wrong := [value for value in values if not (value is None or isinstance(value, str))]:
             raise ValueError(
-                f"this system is told texts (or None: nothing), got {wrong[0]!r}; describe the image in words"
+                f"this system is told texts (or None: nothing), got {brief(wrong[0])}; describe the image in words"
+            )
+        if long := [value for value in values if value and len(value) > MOST_LETTERS]:
+            raise ValueError(
+                f"a text may have {MOST_LETTERS:,} characters, got one of {len(long[0]):,}: {brief(long[0])}; shorten it"
+            )
+
+    def _lost(self, words: str) -> None:
+        """Warn of what a text has beyond the length that is read; of many texts the first few are named."""
+        self._cut += 1
+        if words and self._cut <= NAMED:
+            warnings.warn(
+                f"a text is longer than the {self.length} tokens that are read of it; left out: {brief(words, 200)}"
+                + ("; further texts that are too long are not named" if self._cut == NAMED else ""),
+                stacklevel=2,
             )
 
     def encode(self, text: str) -> Tensor:
@@ -97,7 +115,10 @@ class HashWords(TextEncoder):
         self.dim = dim
 
     def encode(self, text: str) -> Tensor:
-        words = re.findall(r"\w+", text.lower())[: self.length - 1]
+        words = re.findall(r"\w+", text.lower())
+        if lost := words[self.length - 1 :]:
+            self._lost(" ".join(lost))
+        words = words[: self.length - 1]
         return torch.stack([self._vector(word) for word in [*words, "</s>"]])
 
     def _vector(self, word: str) -> Tensor:
@@ -133,7 +154,10 @@ class MiniLM(TextEncoder):
             self._words = words
             self.placed(_Bert.from_file(folder / "model.safetensors"))
         assert self.network is not None
-        ids = torch.tensor([self._words.encode(text).ids], device=self.place.device)
+        read = self._words.encode(text)
+        if read.overflowing:
+            self._lost(text[max(end for _, end in read.offsets) :].strip())
+        ids = torch.tensor([read.ids], device=self.place.device)
         return self.network(ids)[0].float().cpu()
 
 
@@ -169,6 +193,9 @@ class T5Encoder(TextEncoder):
             self.placed(transformers.T5EncoderModel.from_pretrained(self.name, torch_dtype=self.place.dtype))
         assert self.network is not None
         ids = self._words(text, truncation=True, max_length=self.length, return_tensors="pt").input_ids
+        whole = self._words(text).input_ids
+        if len(whole) > ids.shape[1]:
+            self._lost(self._words.decode(whole[ids.shape[1] - 1 : -1]))
         return self.network(input_ids=ids.to(self.place.device)).last_hidden_state[0].float().cpu()
 
 

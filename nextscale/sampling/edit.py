@@ -7,14 +7,17 @@ is soft, since upsampling and phi reach across it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.contracts import Edit, Pick
+from nextscale.data.images import as_images
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.loop import OnScale, sample
 from nextscale.sampling.pick import ScalePick
@@ -29,7 +32,7 @@ MOST_WHOLE = 3  # a scale of at most so many tokens is kept whole
 
 def inpaint(
     system: System,
-    x: Tensor,
+    x: Any,
     mask: Tensor | None = None,
     labels: Labels = None,
     *,
@@ -44,7 +47,7 @@ def inpaint(
     """Generate what a mask marks, or the inside of a box, and keep the rest of the images: [B, 3, H, W] in [-1, 1].
 
     Args:
-        x: images [B, 3, H, W] in [-1, 1] of the system's size.
+        x: images [B, 3, H, W] in [-1, 1] of the system's size; also bytes, arrays and Pillow images (`as_images`).
         mask: True = generate; [H, W] for all images or [B, 1, H, W], in pixels or in tokens of the last scale. Of pixels, a
             token is kept if more than half of its own are.
         labels: one for all images, or one an image; None (the default) is the null class.
@@ -62,7 +65,7 @@ def inpaint(
 
 def outpaint(
     system: System,
-    x: Tensor,
+    x: Any,
     box: Box | None = None,
     labels: Labels = None,
     *,
@@ -86,9 +89,9 @@ def outpaint(
 
 def class_edit(
     system: System,
-    x: Tensor,
-    mask: Tensor | None,
-    labels: Labels,
+    x: Any,
+    mask: Tensor | None = None,
+    labels: Labels = None,
     *,
     box: Box | None = None,
     keep_coarsest: bool = True,
@@ -252,7 +255,7 @@ def _mask_tokens(system: System, batch: int, mask: Tensor) -> Tensor:
 
 def _prepare(
     system: System,
-    x: Tensor,
+    x: Any,
     mask: Tensor | None,
     box: Box | None,
     labels: Labels,
@@ -263,13 +266,19 @@ def _prepare(
     """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
     system.need_model()
     height, width = system.image_size
-    channels = system.tokenizer.channels
-    if x.ndim != 4 or tuple(x.shape[1:]) != (channels, height, width) or not x.is_floating_point():
+    x = as_images(x, system.tokenizer.channels)
+    if tuple(x.shape[2:]) != (height, width):
         raise ValueError(
-            f"expected float images [B, {channels}, {height}, {width}] in [-1, 1], got {x.dtype} {list(x.shape)}; read them "
-            f"with `ns.read_images(paths, size=({height}, {width}))`"
+            f"expected images of {height}x{width} pixels, got {list(x.shape)}; read them with `ns.read_images(paths, "
+            f"size=({height}, {width}))`"
         )
     rows = system.told(labels, len(x))
     system.check_told(rows)
     generate = generated_tokens(system, len(x), mask, box, inside=inside)
+    if not generate.any():
+        warnings.warn(
+            "the mask marks nothing, so nothing is generated and the images come back as their tokens render them; mark what "
+            "to generate with True (1)",
+            stacklevel=3,
+        )
     return rows, keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=keep_coarsest))

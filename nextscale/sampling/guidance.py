@@ -7,6 +7,7 @@ branch has the whole condition, the others have parts of it replaced by their nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,10 +62,18 @@ def cfg(weight: float | Sequence[float]) -> Guidance:
 def at_scale(value: float | Sequence[float], schedule: Schedule, k: int) -> float:
     """The number of scale k: `value` itself, or the k-th of one number a scale."""
     if not isinstance(value, Sequence):
-        return value
+        return _finite(value)
     if len(value) != len(schedule):
         raise ValueError(f"expected one number, or one for each of {len(schedule)} scales, got {len(value)}: {value}")
-    return value[k]
+    return _finite(value[k])
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(
+            f"expected finite numbers as weights and temperatures, got {number}; a guidance weight of 1 is off"
+        )
+    return number
 
 
 def cfg_ramp(weight: float) -> Guidance:
@@ -72,6 +81,8 @@ def cfg_ramp(weight: float) -> Guidance:
 
     The reference's `cfg=c` is `cfg_ramp(1 + c)`.
     """
+
+    _finite(weight)
 
     def weights(schedule: Schedule, k: int) -> tuple[float, float]:
         t = (weight - 1) * schedule.progress(k)

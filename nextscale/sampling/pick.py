@@ -130,5 +130,5 @@ def _gumbel(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _check(k: int, p: float) -> None:
-    if k < 0 or not 0 <= p <= 1:
-        raise ValueError(f"top_k needs k >= 0 and top_p 0 <= p <= 1 (0: no limit), got k={k}, p={p}")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0 or not 0 <= p <= 1:
+        raise ValueError(f"top_k needs a whole k >= 0 and top_p 0 <= p <= 1 (0: no limit), got k={k}, p={p}")

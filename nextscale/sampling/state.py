@@ -15,6 +15,7 @@ from nextscale.modules import usual_defaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
+from nextscale.settings import brief
 from nextscale.tokens import Tokens, each
 
 
@@ -88,11 +89,16 @@ class Noise:
         another number of seeds, and for what is no whole number."""
         if generator is not None:
             return cls(generator.device, (generator.get_state(),), generator)
-        several = isinstance(seed, Sequence) or getattr(seed, "ndim", None)  # numbers of numpy and torch are taken, too
+        # Numbers of numpy and torch are taken, too.
+        several = isinstance(seed, Sequence) or getattr(seed, "ndim", None)
         try:
+            if any(isinstance(one, bool) for one in (seed if several else [seed])):  # type: ignore
+                raise TypeError
             seeds = [index(one) for one in seed] if several else [index(seed) + i for i in range(batch)]  # type: ignore
         except TypeError:
-            raise ValueError(f"seed: expected a whole number, or one for each image, got {seed!r}") from None
+            raise ValueError(f"seed: expected a whole number, or one for each image, got {brief(seed)}") from None
+        if wrong := [one for one in seeds if not 0 <= one < 2**63]:
+            raise ValueError(f"seed: expected numbers from 0 to 2^63 - 1, got {brief(wrong[0])}")
         if len(seeds) != batch:
             raise ValueError(f"seed needs one number, or one for each of {batch} images, got {len(seeds)}")
         return cls(device, tuple(torch.Generator(device).manual_seed(s).get_state() for s in seeds))
