@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nextscale.data.images import save_images as save_images
     from nextscale.data.openmoji import openmoji as openmoji
     from nextscale.data.shards import web_shards as web_shards
+    from nextscale.data.source import DataSource as DataSource
+    from nextscale.data.source import open_images as open_images
     from nextscale.data.transforms import AugmentSettings as AugmentSettings
     from nextscale.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
     from nextscale.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
@@ -65,6 +67,7 @@ _HOME = {
     "nextscale.data.images": ("image_grid", "read_images", "save_images"),
     "nextscale.data.openmoji": ("openmoji",),
     "nextscale.data.shards": ("web_shards",),
+    "nextscale.data.source": ("DataSource", "open_images"),
     "nextscale.data.transforms": ("AugmentSettings",),
     "nextscale.evaluation.likelihood": ("evaluate_likelihood",),
     "nextscale.evaluation.report": ("evaluate",),

@@ -295,12 +295,8 @@ def test_info_describes_the_installation(nextscale):
 
 
 def test_shipped_systems_carry_their_attribution(nextscale, system, monkeypatch):
-    monkeypatch.setattr("nextscale.checkpoint.shipped", lambda: {"emoji-64": system})
-    ns.__dict__.pop("shipped", None)
-    try:
-        text = " ".join(" ".join(nextscale("info", "emoji-64").out).split())
-    finally:
-        ns.__dict__.pop("shipped", None)
+    monkeypatch.setattr(about, "_shipped", lambda: {"emoji-64": Path(system)})
+    text = " ".join(" ".join(nextscale("info", "emoji-64").out).split())
     assert "OpenMoji (https://openmoji.org), CC BY-SA 4.0" in text and str(system) in text
 
 
@@ -454,7 +450,7 @@ def test_a_method_explains_its_options(nextscale):
         ),
         ("--with fastvar --with inside --with.ratios 0.5", "unknown option --with.ratios of inside"),
         ("--with fastvar --with.ratios", "--with.ratios of fastvar needs a value"),
-        ("--with fastvar --with.ratios 0.5 1.5", "--with.ratios: ratios must lie between 0 and 1"),
+        ("--with fastvar --with.ratios 0.5 1.5", "--with.ratios.1 must be at most 1, got '1.5'"),
         ("--with fastvar --with.ratios 0.5,half", "--with.ratios.1 must be a number, got 'half'"),
         ("--with fastvar --with.dense-first=-1", "--with.dense-first must be at least 0, got '-1'"),
         ("--with fastvar --with.fill air", "--with.fill must be 'cache' or 'zeros', got 'air'"),
@@ -653,7 +649,8 @@ def test_where_nothing_can_be_written_nothing_is_computed(refused, monkeypatch, 
         if command != "demo":
             assert "it is a folder" in refused(command, *image, option, "folder.png")
             assert "extension '.txt'" in refused(command, *image, option, "a.txt")
-            assert "extension ''" in refused(command, *image, option, "a")
+            if (command, option) != ("sample", "--out"):  # whose name without an extension is a folder of single images
+                assert "extension ''" in refused(command, *image, option, "a")
     finally:
         ns.__dict__.pop("load", None)
 

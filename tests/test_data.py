@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
+from nextscale.cli.options import Source
 from nextscale.cli.train import load_data
 from nextscale.data import folder
 from nextscale.data import openmoji as emoji
@@ -339,7 +340,7 @@ def test_reading_errors(tmp_path):
 
 def test_saved_images_read_back(tmp_path):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    path = save_images(images[0], tmp_path / "one.png", scale=1)
+    path = save_images(images[0], tmp_path / "one.png", scale=1, border=4)
     grid = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     assert torch.equal(grid[:, 4:12, 4:12], to_uint8(images[0]))
     plain = image_grid(images, columns=2)
@@ -484,7 +485,8 @@ def test_images_are_looked_at_once_for_both_sizes(tmp_path, monkeypatch):
         Image.linear_gradient("L").resize((60 + i, 50)).save(tmp_path / f"{i}.png")
     seen = []
     monkeypatch.setattr(folder, "examine_image", lambda path, name: seen.append(name) or examine_image(path, name))
-    training, held_out = load_data(str(tmp_path), var.build(var.tiny()), 1, PHOTOS)
+    training = load_data(Source(data=str(tmp_path)), var.build(var.tiny()), 1, PHOTOS)
+    held_out = training.val
     assert len(seen) == len(set(seen)) == 40
     assert training.train.whole and min(training.train[0]["image"].shape[1:]) == 72 and len(held_out) > 0
     alone = image_folder(tmp_path, 64, validation=0.1).val

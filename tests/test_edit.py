@@ -240,9 +240,8 @@ def test_boxes_round_as_the_reference(small):
     ("change", "words"),
     [
         ({"x": torch.zeros(2, 3, 32, 40)}, ["[B, 3, 32, 32]", "[2, 3, 32, 40]", "read_images"]),
-        ({"x": torch.zeros(2, 1, 32, 32)}, ["[B, 3, 32, 32]", "[2, 1, 32, 32]"]),
-        ({"x": torch.zeros(3, 32, 32)}, ["[B, 3, 32, 32]", "[3, 32, 32]"]),
-        ({"x": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, ["float images", "uint8"]),
+        ({"x": torch.zeros(2, 1, 32, 32)}, ["[B, 3, H, W]", "[2, 1, 32, 32]"]),
+        ({"x": torch.zeros(2, 3, 32, 32, dtype=torch.int64)}, ["float in [-1, 1] or uint8", "int64"]),
         ({"box": None}, ["either a mask or a box", "neither"]),
         ({"mask": torch.zeros(4, 4)}, ["either a mask or a box", "both"]),
         ({"box": (0.5, 0, 0.2, 1)}, ["0 <= y0 < y1 <= 1", "(0.5, 0, 0.2, 1)"]),

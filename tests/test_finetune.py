@@ -10,6 +10,7 @@ from small import small
 from test_training import CONFIG, Squares, weights
 
 import nextscale as ns
+from nextscale.data.dataset import Relabelled
 from nextscale.model.block import AdaLNBlock
 from nextscale.recipes.decoding import fastvar
 from nextscale.recipes.generators import infinity, var
@@ -17,7 +18,7 @@ from nextscale.recipes.guidance import inside
 from nextscale.sampling.loop import ScaleByScale
 from nextscale.system import Part, System
 from nextscale.training.config import GeneratorLoss
-from nextscale.training.finetune import Relabelled, add_lora, merge_lora, with_classes
+from nextscale.training.finetune import add_lora, merge_lora, with_classes
 
 
 def test_further_classes_leave_the_others_as_they_are():

@@ -87,7 +87,7 @@ def test_missing_and_damaged_shards_are_named(shards, tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         ns.web_shards(tmp_path / "empty.tar")
     write(tmp_path / "broken.tar", {"1.png": b"no picture", "1.cls": b"0"})
-    with pytest.raises(ValueError, match="none of its 1 image files can be read"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="none of its 1 image files can be read"):
         ns.web_shards(tmp_path / "broken.tar", 8)
     members = {"1.png": png(1), "1.cls": b"0", "2.png": png(2)[:-30], "2.cls": b"1", "3.png": png(3), "3.cls": b"2"}
     write(tmp_path / "cut.tar", members)

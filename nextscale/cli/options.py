@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
+from nextscale.settings import brief
 
 if TYPE_CHECKING:
+    from nextscale.data.source import DataSource
     from nextscale.system import System
 
 SHIPPED = "emoji-64"
@@ -57,6 +60,29 @@ class Loading:
     def told(self, prompt: Sequence[str]) -> Loading:
         """The same, with the shipped system that reads prompts where there are some and no system was named."""
         return replace(self, system=SHIPPED_TEXT) if prompt and not self.system else self
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images."""
+
+    data: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: openmoji)")] = ""
+    """openmoji; a folder with one folder of images a class, or with train/ and val/; shards like "photos-{000..012}.tar"; a
+    folder of Hugging Face datasets"""
+    val: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a tenth of the images)")] = ""
+    """a validation set of one's own, which may be all that --data may be"""
+    image_column: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: image)")] = ""
+    """of Hugging Face datasets"""
+    label_column: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: label, if there is one)")] = ""
+    """of Hugging Face datasets; none: no labels"""
+    caption_column: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: caption or text, if there is one)")] = ""
+    """of Hugging Face datasets; none: no captions"""
+
+    def named(self) -> DataSource:
+        """The same for those that read it."""
+        from nextscale.data.source import DRAWINGS, DataSource
+
+        return DataSource(self.data or DRAWINGS, self.val, self.image_column, self.label_column, self.caption_column)
 
 
 @dataclass(frozen=True)
@@ -164,6 +190,12 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
         exact = path == out and (is_folder(path) or path.suffix.lower() == ".npz")
         if not exact:
             image_format(path)
+        elif path.is_dir() and (
+            others := [file.name for file in path.iterdir() if not re.fullmatch(r"[0-9]{5}\.png", file.name)]
+        ):
+            raise ValueError(
+                f"{path} holds other files ({brief(others[0])} ...); give a new folder, or a name with an extension"
+            )
         check_writable(path / "00000.png" if exact and path.suffix.lower() != ".npz" else path)
 
 

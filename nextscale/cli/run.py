@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
-from nextscale.cli.options import SHIPPED, check_device, check_seed, check_writable
+from nextscale.cli.options import SHIPPED, Flat, Source, check_device, check_seed, check_writable
+
+if TYPE_CHECKING:
+    from nextscale.data.source import SourceImages
+    from nextscale.system import System
 
 
 def train(kind: str = "", /, *words: str) -> None:
@@ -81,7 +86,7 @@ def check_run(
 def evaluate(
     system: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]")] = SHIPPED,
     out: Path = Path("out/evaluation"),
-    data: str = "openmoji",
+    source: Annotated[Source, Flat] = Source(),
     samples: int = 256,
     seed: int = 0,
     device: str = "cpu",
@@ -95,9 +100,9 @@ def evaluate(
     Writes report.md, report.json and pictures into OUT. The last line is the path of the report.
 
     Args:
-        system: shipped name, folder, or hub name
+        system: shipped name, folder (of a system or a training), or hub name
         out: folder to write to
-        data: openmoji, or a folder of images of which a tenth is held out: what the system was trained on
+        source: what the system was trained on, of which a part is held out; a training remembers it
         samples: images to generate
         seed: seed of the first image, and of the choice of labels
         device: cpu, cuda, cuda:1
@@ -111,15 +116,26 @@ def evaluate(
     check_writable(out / "report.json")
     check_device(device)
     loaded = load_changed(system, device, methods, dtype)
-    height, width = loaded.image_size
-    if data != "openmoji":
-        images: Any = ns.image_folder(data, (height, width), validation=0.1)
-    elif height == width:
-        images = ns.openmoji(height)
-    else:
-        raise ValueError(f"openmoji is square, but {system} makes {height}x{width} pixels; give --data FOLDER")
-    evaluate(loaded, images, out, samples=samples, seed=seed)
+    evaluate(loaded, images_of(system, source, loaded), out, samples=samples, seed=seed)
     print(out / "report.md")
+
+
+def images_of(name: str, source: Source, system: System) -> SourceImages:
+    """The images that the user named, or else those that the system of that name was trained on."""
+    from nextscale.checkpoint import find_folder, shipped
+    from nextscale.data.source import open_images, remembered
+
+    known = None if source.data or name in shipped() else remembered(find_folder(name))
+    if known is None and not source.data and name not in shipped():
+        raise ValueError(f"nothing says what {name} was trained on; give --data, the images to judge it on")
+    chosen = source.named() if known is None else known
+    if known is not None and source.val:
+        chosen = replace(known, val=source.val)
+    try:
+        return open_images(chosen, system.image_size, channels=system.tokenizer.channels)
+    except FileNotFoundError as error:
+        hint = f"; {name} was trained on it: give --data where it is now" if known is not None else ""
+        raise FileNotFoundError(f"{error}{hint}") from error
 
 
 def save(

@@ -8,18 +8,20 @@ from typing import Annotated, Any
 import tyro
 
 from nextscale.checkpoint import load, recipe_of
-from nextscale.cli.options import Flat, at_least_one, check_device, check_writable
+from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_writable
 from nextscale.cli.parse import parse_one_of
+from nextscale.data.dataset import Relabelled
+from nextscale.data.source import DRAWINGS, SourceImages, open_images, remember
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
-from nextscale.training.finetune import Relabelled, with_classes
+from nextscale.training.finetune import with_classes
 from nextscale.training.memory import keep_freed_memory
 from nextscale.training.verbs import train_model, train_tokenizer
 
-RECIPE, DATA = "var", "openmoji"  # unless others are named
+RECIPE = "var"  # unless another is named
 # Required, but asked for at the door, where a mistake ends in one line.
 OutFolder = Annotated[Path | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="(required)")]
 Trained = Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")]
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
             f"unknown --preset {name!r} of the recipe {named.recipe or RECIPE}; there are {', '.join(presets)}"
         )
     preset: Any = presets[name]()
-    drawings = (named.data or DATA) == DATA
+    drawings = (named.data or DRAWINGS) == DRAWINGS
     commands = {
         "tokenizer": tokenizer_command(recipe, name, preset, drawings),
         "generator": generator_command(recipe, name, preset, drawings),
@@ -63,7 +65,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
 
     def command(
         out: OutFolder = None,
-        data: str = DATA,
+        source: Annotated[Source, Flat] = Source(),
         init_from: str = "",
         losses: str = "",
         recipe: str = RECIPE,
@@ -83,7 +85,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
 
         Args:
             out: folder of the run
-            data: openmoji; a folder of images; shards like "photos-{000..012}.tar"; a folder of Hugging Face datasets
+            source: the images
             init_from: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
                 in use from the first step
             losses: those of a published trainer, which replace all of --loss but its files: vaex, llamagen or bitvae
@@ -108,8 +110,9 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
             built = module.build(system, seed=train.seed, model=False)
-        training, held_out = load_data(data, built, oversample, augmentation)
-        train_tokenizer(built, training.train, train, out=folder, val=held_out, loss=loss, augmentation=augmentation)
+        images = load_data(source, built, oversample, augmentation)
+        remember(source.named(), folder)
+        train_tokenizer(built, images.train, train, out=folder, val=images.val, loss=loss, augmentation=augmentation)
         print(folder / "system")
 
     return command
@@ -125,7 +128,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         sizes: tuple[int, ...] = (),
         init_from: str = "",
         lora: int = 0,
-        data: str = DATA,
+        source: Annotated[Source, Flat] = Source(),
         recipe: str = RECIPE,
         preset: str = name,
         oversample: int = 2 if drawings else 1,
@@ -152,8 +155,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
                 have are added to its own
             lora: train adapters of this rank instead of all weights (with --init-from; extra nextscale[lora]); 8 is a good
                 start
-            data: openmoji; a folder with one folder of images a class; shards like "photos-{000..012}.tar"; a folder of
-                Hugging Face datasets
+            source: the images
             recipe: the method, that of the tokenizer
             preset: where the transformer's settings start; default: the first of the recipe
             oversample: read training images this many times larger; augmentation averages them down, so edges stay crisp
@@ -177,19 +179,20 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         if not init_from and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
         base = trained(init_from or tokenizer, recipe)
-        training, held_out = load_data(data, base, oversample, augmentation)
-        items = training.train
+        images = load_data(source, base, oversample, augmentation)
+        remember(source.named(), folder)
+        items, held_out = images.train, images.val
         if init_from:
             system = base
             if next(iter(base.readers.values())).choices:  # told by class, so the data says which there are
-                system = with_classes(base, training.classes)
-                numbers = [system.classes.index(name) for name in training.classes]
+                system = with_classes(base, images.classes)
+                numbers = [system.classes.index(name) for name in images.classes]
                 items, held_out = Relabelled(items, numbers), Relabelled(held_out, numbers)
         else:
             changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
-            system = module.build(config.for_classes(training.classes), seed=train.seed)
+            system = module.build(config.for_classes(images.classes), seed=train.seed)
             system.tokenizer = base.tokenizer
         train_model(
             system,
@@ -214,7 +217,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
     def command(
         tokenizer: Trained = "",
         cache: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None,
-        data: str = DATA,
+        source: Annotated[Source, Flat] = Source(),
         recipe: str = RECIPE,
         oversample: int = 2 if drawings else 1,
         views: int = 8,
@@ -233,7 +236,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
         Args:
             tokenizer: the tokenizer: the folder of its run, or a system
             cache: folder for what is encoded; one of another tokenizer or other data is refused
-            data: as for train generator
+            source: as for train generator
             recipe: the method, that of the tokenizer
             oversample: as for train generator
             views: augmented versions of each image
@@ -252,7 +255,7 @@ def encode_command(drawings: bool) -> Callable[..., None]:
         check_device(device)
         team = Team.of_environment()
         system = trained(tokenizer, recipe).to(team.own_device(device))
-        training = load_data(data, system, oversample, augmentation)[0].train
+        training = load_data(source, system, oversample, augmentation).train
         kind = system.objective.wants
         if kind not in ("tokens", "features"):
             raise ValueError(f"the objective of this system wants {kind}, so there is nothing to encode")
@@ -304,26 +307,14 @@ def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> 
     return out
 
 
-def load_data(data: str, system: System, oversample: int, augmentation: AugmentSettings) -> tuple[Any, Any]:
-    """Images for a system: those for training (`train`, `classes`) at `oversample` times the size that augmentation wants, and
-    those held out at the system's."""
-    size, channels = system.image_size, system.tokenizer.channels
-    height, width = augmentation.read_size(size)
-    larger = height * oversample, width * oversample
-    if data == DATA:
-        from nextscale.data.openmoji import openmoji
-
-        if size[0] != size[1] or channels != 3:
-            raise ValueError(
-                f"openmoji is square and in colour, got a system of {size} and {channels} channels; give --data"
-            )
-        return openmoji(larger[0]), openmoji(size[0]).val
-    if data.endswith(".tar"):
-        from nextscale.data.shards import web_shards as read
-    elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
-        from nextscale.data.hub import hub_images as read  # type: ignore[assignment]
-    else:
-        from nextscale.data.folder import image_folder as read  # type: ignore[assignment]
-    whole = augmentation.crop > 1  # a window is cut out of all of it
-    images = read(data, larger, channels=channels, whole=whole, validation=0.1)
-    return images, images.val.resized(size)
+def load_data(source: Source, system: System, oversample: int, augmentation: AugmentSettings) -> SourceImages:
+    """Images for a system: those for training at `oversample` times the size that augmentation wants, those held out at the
+    system's."""
+    height, width = augmentation.read_size(system.image_size)
+    return open_images(
+        source.named(),
+        system.image_size,
+        larger=(height * oversample, width * oversample),
+        channels=system.tokenizer.channels,
+        whole=augmentation.crop > 1,  # a window is cut out of all of it
+    )

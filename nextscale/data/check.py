@@ -10,7 +10,9 @@ from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
-from nextscale.data.images import Size, height_width
+from nextscale.data.images import MOST_ASPECT, Size, height_width
+from nextscale.data.left_out import LeftOut
+from nextscale.settings import brief
 
 T = TypeVar("T")
 Broken = Literal["skip", "refuse"]
@@ -18,13 +20,14 @@ Broken = Literal["skip", "refuse"]
 
 def sound(
     items: Sequence[T],
-    examine: Callable[[T], int],
+    examine: Callable[[T], tuple[int, int]],
     where: str,
     size: Size,
     broken: Broken,
     progress: bool,
+    left_out: LeftOut,
 ) -> list[T]:
-    """The items that can be read; `examine(item)` returns an image's shorter side or raises.
+    """The items that can be read; `examine(item)` returns an image's shorter and longer side, or raises. Others are counted.
 
     `where` the items are, for what is said. Damaged ones: "skip" leaves them out with a warning, "refuse" raises ValueError
     with their names. Also warns of images that are smaller than `size`. Raises ValueError if none can be read.
@@ -32,7 +35,7 @@ def sound(
     if broken not in ("skip", "refuse"):
         raise ValueError(f'broken: expected "skip" or "refuse", got {broken!r}')
 
-    def answer(item: T) -> str | int:
+    def answer(item: T) -> str | tuple[int, int]:
         try:
             return examine(item)
         except (ValueError, OSError) as error:
@@ -51,6 +54,12 @@ def sound(
         text = f"{len(bad)} of {len(items)} image files in {where} cannot be read:{shown}{more}"
         if broken == "refuse":
             raise ValueError(f'{text}\nreplace or remove them, or pass broken="skip" to go on without them')
+        for reason in bad:
+            left_out.add("that cannot be read", reason.partition(" cannot be read")[0])
+        if not any(isinstance(found, tuple) for found in answers):
+            raise ValueError(
+                f"{where}: expected images, but none of its {len(items)} image files can be read:{shown}{more}"
+            )
         warnings.warn(f"{text}\nthey are skipped", stacklevel=3)
     kept = [item for item, found in zip(items, answers, strict=True) if not isinstance(found, str)]
     if not kept:
@@ -58,7 +67,15 @@ def sound(
             f"{where}: expected images, but none of its {len(items)} image files can be read; replace them"
         )
     least = max(height_width(size))
-    if small := [side for side in answers if isinstance(side, int) and side < least]:
+    sides = [found for found in answers if isinstance(found, tuple)]
+    if narrow := [sides for sides in answers if isinstance(sides, tuple) and sides[1] > MOST_ASPECT * sides[0]]:
+        names = [str(item) for item, found in zip(items, answers, strict=True) if found in narrow][:3]
+        warnings.warn(
+            f"{len(narrow)} of {len(kept)} images in {where} are more than {MOST_ASPECT} times as long as wide, and only their "
+            f"middle is used: {brief(', '.join(names), 200)}",
+            stacklevel=3,
+        )
+    if small := [side for side, _ in sides if side < least]:
         warnings.warn(
             f"{len(small)} of {len(kept)} images in {where} are smaller than {least} pixels (down to {min(small)}) and are "
             "enlarged, so they are blurred; take larger ones, or train at a smaller size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,32 @@ class ImageDataset(Dataset[dict[str, Any]]):
         vars(other).pop("images", None)  # what was kept has the old size
         ImageDataset.__init__(other, size, self.channels, whole=False)
         return other
+
+
+class Relabelled(Dataset[dict[str, Any]]):
+    """Items of a data set whose class number i is `numbers[i]` here."""
+
+    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
+        self.data, self.numbers = data, numbers
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._relabelled(self.data[index])
+
+    def said(self, index: int) -> dict[str, Any]:
+        """An item without its image, where the data set can say it."""
+        return self._relabelled(getattr(self.data, "said", self.data.__getitem__)(index))
+
+    def _relabelled(self, item: dict[str, Any]) -> dict[str, Any]:
+        labels = tuple(self.numbers[label] for label in item["labels"])
+        return item | {"label": self.numbers[item["label"]], "labels": labels}
+
+    @property
+    def stamps(self) -> list[str] | None:
+        """Those of the data set; what labels are called is not part of them."""
+        return getattr(self.data, "stamps", None)
 
 
 class Pictures:

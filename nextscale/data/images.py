@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +23,7 @@ Size = int | tuple[int, int]
 PathLike = str | os.PathLike[str]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 MOST_SIDE = 16_384  # of an image that is read
+MOST_ASPECT = 16  # of an image that is used whole: of longer ones the middle is used
 # The longest side that a format can hold, and those that hold opacity, by Pillow's names.
 LONGEST = {"JPEG": 65_535, "WEBP": 16_383, "GIF": 65_535, "ICO": 256, "AVIF": 65_535}
 WITH_OPACITY = ("PNG", "WEBP", "TIFF", "JPEG2000", "TGA", "ICO", "AVIF")
@@ -65,6 +67,7 @@ def decode_image(source: Any, size: Size, name: str, channels: int = 3, *, whole
     with _opened(source, name) as image:
         upright = ImageOps.exif_transpose(_with_opacity(image) if channels == 4 else _on_white(image))
         if whole:  # the side that is too long keeps its ends, rounded down as torchvision's Resize does
+            upright = _middle(upright, width / height)
             factor = max(Fraction(width, upright.width), Fraction(height, upright.height))
             covering = int(upright.width * factor), int(upright.height * factor)
             fitted = upright.resize(covering, Image.Resampling.LANCZOS)
@@ -82,13 +85,14 @@ def picture_size(path: PathLike) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def examine_image(source: Any, name: str) -> int:
-    """Decode all of an image, as cheaply as its format allows; returns its shorter side. Errors as in `decode_image`."""
+def examine_image(source: Any, name: str) -> tuple[int, int]:
+    """Decode all of an image, as cheaply as its format allows; returns its shorter and its longer side. Errors as in
+    `decode_image`."""
     with _opened(source, name) as image:
-        side = min(image.size)
+        sides = min(image.size), max(image.size)
         image.draft("RGB", (8, 8))  # a JPEG is read whole, but only an eighth of its pixels are made
         _on_white(image)
-        return side
+        return sides
 
 
 @contextmanager
@@ -318,8 +322,8 @@ def save_images(
 
 
 def is_folder(path: PathLike) -> bool:
-    """Whether images are to be written into a folder of that name: one that is there, or a name without an extension."""
-    return Path(path).is_dir() or not Path(path).suffix
+    """Whether images are to be written into a folder of that name: one without an extension."""
+    return not Path(path).suffix
 
 
 def image_format(path: PathLike) -> str:
@@ -375,6 +379,17 @@ def writable_extensions() -> dict[str, str]:
     return {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
 
 
+def _middle(image: Image.Image, aspect: float) -> Image.Image:
+    """An image that is not much longer than a shape needs: of one that is the middle, or scaling it would take memory without
+    end for what is never seen."""
+    width = min(image.width, math.ceil(image.height * aspect * MOST_ASPECT))
+    height = min(image.height, math.ceil(image.width / aspect * MOST_ASPECT))
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def _with_opacity(image: Image.Image) -> Image.Image:
     """RGBA; what says nothing of its opacity is opaque. Keeps the EXIF data."""
     result = image.convert("RGBA") if image.has_transparency_data else _on_white(image).convert("RGBA")
@@ -386,7 +401,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     """RGB, with transparent parts over white; keeps the EXIF data, which tell the orientation."""
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion cuts at 255 instead of scaling.
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        values = np.asarray(image).astype(np.int64)
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most > 65_535 or (image.mode == "I" and 0 < most < 4096):
+            raise ValueError(
+                f"pixels are whole numbers from {least} to {most} of unknown range; save it with 8 or 16 bits"
+            )
+        if 0 < most < 4096:
+            warnings.warn(
+                f"greys of 16 bits that go up to {most} only are nearly black; if they have 12 bits, scale them by 16",
+                stacklevel=2,
+            )
+        grey = (values >> 8).astype(np.uint8)
         result = Image.fromarray(grey).convert("RGB")
     elif image.mode == "F":
         raise ValueError("pixels are floats of unknown range")

@@ -101,6 +101,11 @@ class EmojiDataset(Dataset[dict[str, Any]]):
             dtype=torch.bool,
         )  # [N]
 
+    @property
+    def stamps(self) -> list[str]:
+        """What tells each drawing from others: its code, in the version of the drawings."""
+        return [f"openmoji {row.hexcode} {tuple(self.images.shape[-2:])}" for row in self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -6,13 +6,15 @@ exactly as from files.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,17 @@ from tqdm import tqdm
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
+from nextscale.data.folder import hidden
 from nextscale.data.images import Size, decode_image, examine_image, readable_extensions, to_float
+from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
+from nextscale.files import brief_path, parse_json
+from nextscale.settings import brief
+
+MOST_CLASSES = 100_000
+MOST_SHARDS = 100_000
+MOST_SAID_BYTES = 1_000_000
+SAID = ("cls", "txt", "json")  # endings of what says something of an image
 
 
 class Place(NamedTuple):
@@ -51,8 +62,9 @@ class ShardDataset(ImageDataset):
         size: Size,
         channels: int = 3,
         whole: bool = False,
+        stamps: list[str] | None = None,
     ) -> None:
-        self.paths, self.places, self.classes = paths, places, classes
+        self.paths, self.places, self.classes, self.stamps = paths, places, classes, stamps
         super().__init__(size, channels, whole)
 
     def __len__(self) -> int:
@@ -79,19 +91,21 @@ class ShardDataset(ImageDataset):
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Shards at one size, split by name. `classes`: names in labels, sorted, or numbers as text."""
+    """Shards at one size, split by name. `classes`: names in labels, sorted, or numbers as text. `left_out`: samples that are
+    not used, and why."""
 
     train: ShardDataset
     val: ShardDataset
     classes: tuple[str, ...]
     size: Size
+    left_out: LeftOut = field(default_factory=LeftOut)
+    captions_from: str = "the samples' .txt or .json"
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     name: str
-    image: tuple[int, int, int] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
+    image: tuple[int, int, int]  # number of the shard, first byte, bytes
+    fields: dict[str, Any]
 
 
 def web_shards(
@@ -114,41 +128,77 @@ def web_shards(
         broken: "skip" leaves damaged images out with a warning, "refuse" raises ValueError with their names.
         validation: share held out, in [0, 1), by name.
 
-    The label of an image is its `.cls` (a whole number) or `label` in its `.json` (a number or a name), its caption its `.txt`
-    or `caption` in its `.json`. Raises FileNotFoundError for a missing shard, ValueError for one that is damaged or has no
-    image, and for labels of two kinds.
+    The label of an image is its `.cls` or `label` in its `.json` (a number or a name), its caption its `.txt` or `caption` in
+    its `.json`. Where some samples have labels, those without one are left out. Raises FileNotFoundError for a missing shard,
+    ValueError for one that is damaged or has no image, and for labels of two kinds.
     """
     paths = expand(pattern)
     if not 0 <= validation < 1:
         raise ValueError(f"validation: expected a share in [0, 1), got {validation!r}; 0.1 holds out a tenth")
+    left_out = LeftOut()
     samples = [
         sample
         for number, path in enumerate(tqdm(paths, desc="indexing shards", unit="shard", delay=2, disable=not progress))
-        for sample in _index(path, number)
+        for sample in _index(path, number, left_out)
     ]
-    labels = [sample.fields.get("label", 0) for sample in samples]
-    if len({type(label) for label in labels}) > 1:
-        raise ValueError("labels are numbers in some places and names in others; use one kind in all shards")
-    if isinstance(labels[0], str):
-        classes = tuple(sorted(set(labels)))
-        number_of = {name: i for i, name in enumerate(classes)}
-        labels = [number_of[label] for label in labels]
-    else:
-        if min(labels) < 0:
-            raise ValueError(f"class numbers start at 0, got {min(labels)}")
-        classes = tuple(str(i) for i in range(max(labels) + 1))
+    if any("label" in sample.fields for sample in samples):
+        for sample in samples:
+            if "label" not in sample.fields:
+                left_out.add("without a label", sample.name)
+        samples = [sample for sample in samples if "label" in sample.fields]
+    elif whole_names := [sample.name for sample in samples]:
+        warnings.warn(f"no sample of the shards has a label ({whole_names[0]} ...), so all are one class", stacklevel=2)
+    labels, classes = numbered([sample.fields.get("label", 0) for sample in samples], lambda i: samples[i].name)
     places = [
-        Place(*where, sample.name, label, str(sample.fields.get("caption", "")))
+        Place(*sample.image, sample.name, label, str(sample.fields.get("caption", "")))
         for sample, label in zip(samples, labels, strict=True)
-        if (where := sample.image) is not None
     ]
-    places = sound(places, lambda place: examine_image(*_file(paths, place)), "the shards", size, broken, progress)
+    stamps: dict[Place, str] = {}
+
+    def examine(place: Place) -> tuple[int, int]:
+        file, name = _file(paths, place)
+        stamps[place] = hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest()
+        return examine_image(file, name)
+
+    places = sound(places, examine, "the shards", size, broken, progress, left_out)
+    left_out.warn("the shards")
     held_out = [validation > 0 and split_position(place.name) < validation for place in places]
     parts = [[p for p, held in zip(places, held_out, strict=True) if held == side] for side in (False, True)]
     if not parts[0]:
         raise ValueError(f"validation={validation} holds out all {len(places)} images; add images or lower the share")
-    train, val = (ShardDataset(paths, part, classes, size, channels, whole) for part in parts)
-    return Shards(train, val, classes, size)
+    train, val = (
+        ShardDataset(paths, part, classes, size, channels, whole, [stamps[place] for place in part]) for part in parts
+    )
+    return Shards(train, val, classes, size, left_out)
+
+
+def numbered(labels: Sequence[Any], name_of: Callable[[int], str]) -> tuple[list[int], tuple[str, ...]]:
+    """Labels as class numbers, and the names of the classes: names sorted, or numbers from 0 to the largest, as text.
+
+    `name_of(i)`: what the i-th sample is called. Raises ValueError for labels of two kinds, and for what is neither a name nor
+    a class number.
+    """
+    for i, label in enumerate(labels):
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, (int, str))
+            or (isinstance(label, int) and not 0 <= label < MOST_CLASSES)
+        ):
+            raise ValueError(
+                f"the label of {brief_path(name_of(i))} is {brief(label)}; expected a name, or a number from 0 to "
+                f"{MOST_CLASSES - 1}"
+            )
+    kinds = {isinstance(label, str): i for i, label in enumerate(labels)}
+    if len(kinds) > 1:
+        some, others = name_of(kinds[False]), name_of(kinds[True])
+        raise ValueError(
+            f"labels are numbers in some places ({some}) and names in others ({others}); use one kind everywhere"
+        )
+    if True not in kinds:
+        return [int(label) for label in labels], tuple(str(i) for i in range(1 + max(labels, default=0)))
+    classes = tuple(sorted(set(labels)))
+    number_of = {name: i for i, name in enumerate(classes)}
+    return [number_of[label] for label in labels], classes
 
 
 def _file(paths: list[Path], place: Place) -> tuple[io.BytesIO, str]:
@@ -163,7 +213,12 @@ def expand(pattern: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
     """Paths of shards: braces with a range of numbers, then wildcards. All must exist."""
     given = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
     paths: list[Path] = []
-    for text in itertools.chain.from_iterable(_braces(os.fspath(one)) for one in given):
+    texts = list(
+        itertools.islice(itertools.chain.from_iterable(_braces(os.fspath(one)) for one in given), MOST_SHARDS + 1)
+    )
+    if len(texts) > MOST_SHARDS:
+        raise ValueError(f"the ranges in {brief(given[0])} name more than {MOST_SHARDS:,} shards; shorten them")
+    for text in texts:
         if "*" in text or "?" in text:
             found = sorted(Path(text).parent.glob(Path(text).name))
             if not found:
@@ -186,44 +241,74 @@ def _braces(text: str) -> Iterator[str]:
         yield text
         return
     first, last = match.groups()
+    if not 0 <= int(last) - int(first) < MOST_SHARDS:
+        raise ValueError(
+            f"{match[0]} in {brief(text)} names {int(last) - int(first) + 1:,} shards; expected the smaller number first, and "
+            f"at most {MOST_SHARDS:,}"
+        )
     for number in range(int(first), int(last) + 1):
         yield from _braces(text[: match.start()] + str(number).zfill(len(first)) + text[match.end() :])
 
 
-def _index(path: Path, number: int) -> list[_Sample]:
-    """What a shard holds, in its order."""
+def _index(path: Path, number: int, left_out: LeftOut) -> list[_Sample]:
+    """What a shard holds, in its order.
+
+    The files of a sample share their name up to the last point, or up to the first: `b.15.png` goes with `b.15.txt` or `b.txt`.
+    """
     endings = readable_extensions()
-    samples: dict[str, _Sample] = {}
+    images: dict[str, tuple[int, int, int]] = {}
+    said: dict[str, dict[str, Any]] = defaultdict(dict)
+    length = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                file = member.name.rpartition("/")[2]
+                if member.isdir() or hidden(file) or "__MACOSX" in member.name.split("/"):
+                    continue
+                stem, _, ending = member.name.rpartition(".")
+                ending = ending.lower()
+                left_out.total += f".{ending}" in endings or ending not in SAID
                 if not member.isfile():
-                    continue
-                folder, _, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                if not stem or not ending:
-                    continue
-                name = f"{folder}/{stem}" if folder else stem
-                sample = samples.setdefault(name, _Sample(name))
-                if f".{ending.lower()}" in endings:
-                    sample.image = number, member.offset_data, member.size
-                elif ending in ("cls", "txt", "json"):
-                    sample.fields |= _field(ending, tar.extractfile(member).read().decode("utf-8"))  # type: ignore[union-attr]
-    except (tarfile.TarError, OSError, UnicodeDecodeError, ValueError) as error:
+                    left_out.add("that are links or devices", member.name)
+                elif f".{ending}" in endings and stem in images:
+                    left_out.add("second images of a name", member.name)
+                elif f".{ending}" in endings:
+                    images[stem] = number, member.offset_data, member.size
+                elif ending in SAID:
+                    if member.size > MOST_SAID_BYTES:
+                        raise ValueError(
+                            f"{brief_path(member.name)} has {member.size:,} bytes; that is no label or caption"
+                        )
+                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    said[stem] |= _field(ending, content, member.name)
+                else:
+                    left_out.add(f"in a format that is not read, .{ending[:20]}", member.name)
+    except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the shard {path} cannot be read ({error}); expected a whole, uncompressed .tar") from error
-    length = path.stat().st_size
-    whole = [sample for sample in samples.values() if sample.image is not None]
-    if any(sample.image is not None and sum(sample.image[1:]) > length for sample in whole):
+    except ValueError as error:
+        raise ValueError(f"the shard {path}: {error}") from error
+    if any(start + size > length for _, start, size in images.values()):
         raise ValueError(f"the shard {path} ends in the middle of an image; copy it again")
-    if not whole:
-        raise ValueError(f"the shard {path} holds no image (.jpg, .png, .webp, ...); got {len(samples)} other entries")
-    return whole
+    if not images:
+        raise ValueError(f"the shard {path} holds no image (.jpg, .png, .webp, ...); got {len(said)} other entries")
+
+    def short(stem: str) -> str:
+        folder, slash, file = stem.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
+    return [_Sample(stem, image, said.get(short(stem), {}) | said.get(stem, {})) for stem, image in images.items()]
 
 
-def _field(ending: str, text: str) -> dict[str, Any]:
-    if ending == "cls":
-        return {"label": int(text)}
+def _field(ending: str, content: bytes, name: str) -> dict[str, Any]:
+    """What a file beside an image says of it."""
+    if ending == "json":
+        found = parse_json(content, brief_path(name))
+        named = found if isinstance(found, dict) else {}
+        return {key: named[key] for key in ("label", "caption") if named.get(key) is not None}
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{brief_path(name)} is not UTF-8 (at byte {error.start})") from None
     if ending == "txt":
-        return {"caption": text.strip()}
-    found = json.loads(text)
-    return {name: found[name] for name in ("label", "caption") if isinstance(found, dict) and name in found}
+        return {"caption": text}
+    return {"label": int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else text} if text else {}

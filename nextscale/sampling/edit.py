@@ -269,8 +269,8 @@ def _prepare(
     x = as_images(x, system.tokenizer.channels)
     if tuple(x.shape[2:]) != (height, width):
         raise ValueError(
-            f"expected images of {height}x{width} pixels, got {list(x.shape)}; read them with `ns.read_images(paths, "
-            f"size=({height}, {width}))`"
+            f"expected images [B, {x.shape[1]}, {height}, {width}], got {list(x.shape)}; read them with "
+            f"`ns.read_images(paths, size=({height}, {width}))`"
         )
     rows = system.told(labels, len(x))
     system.check_told(rows)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from nextscale.contracts import GrowingConditioner
 from nextscale.modules import as_module, replaced
@@ -49,27 +48,6 @@ def _move_like(module: nn.Module, other: nn.Module) -> None:
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if name in places:
             tensor.data = tensor.data.to(places[name])
-
-
-class Relabelled(Dataset[dict[str, Any]]):
-    """Items of a data set whose class number i is `numbers[i]` in the system."""
-
-    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
-        self.data, self.numbers = data, numbers
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._relabelled(self.data[index])
-
-    def said(self, index: int) -> dict[str, Any]:
-        """An item without its image, where the data set can say it."""
-        return self._relabelled(getattr(self.data, "said", self.data.__getitem__)(index))
-
-    def _relabelled(self, item: dict[str, Any]) -> dict[str, Any]:
-        labels = tuple(self.numbers[label] for label in item["labels"])
-        return item | {"label": self.numbers[item["label"]], "labels": labels}
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
