@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.pixels import as_images, warn_of_range
 from nextscale.schedule import Schedule
 
 
@@ -40,26 +42,24 @@ class Images:
 
     def measure(self, content: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """PSNR in dB and mean square error of each image, [B]."""
-        return {"psnr": psnr(content, reference), "mse": _mse(content, reference)}
+        mse = _mse(content, reference)
+        return {"psnr": decibel(mse), "mse": mse}
 
 
-def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image; both [B, C, H, W] or [C, H, W] in [-1, 1] (peak 2), or of bytes (uint8).
+def psnr(images: Any, references: Any) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image; both [B, C, H, W] or [C, H, W] in [-1, 1] (peak 2), or of bytes (uint8),
+    or what else `as_images` takes.
 
-    Returns [B]. Raises ValueError for two of other shapes.
+    Returns [B]. Raises ValueError for two of other shapes, and for numbers that are not finite.
     """
-    if images.shape != references.shape or images.ndim not in (3, 4):
+    images, references = as_images(images), as_images(references)
+    if images.shape != references.shape:
         raise ValueError(
             f"psnr compares two batches of images [B, C, H, W] of one shape, got {list(images.shape)} and "
             f"{list(references.shape)}"
         )
-    if images.ndim == 3:
-        images, references = images[None], references[None]
-    return decibel(_mse(_floats(images), _floats(references)))
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    warn_of_range(torch.cat([images.flatten(), references.flatten().to(images.device)]))
+    return decibel(_mse(images, references))
 
 
 def decibel(mse: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nextscale.settings import brief
+from nextscale.settings import as_int, brief
 
 
 class ClassReader:
@@ -48,9 +47,7 @@ class ClassReader:
         if isinstance(value, str):
             return self._place(value)
         try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = operator.index(value)
+            number = as_int(value)
         except TypeError:
             said = f"a class is told by its name, its number or None (no class), got {brief(value)}"
             raise ValueError(said) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +36,38 @@ def cut(text: str, most: int) -> str:
     """A text on one line of at most `most` characters, control characters escaped; what is cut leaves three dots."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
     return text if len(text) <= most else text[: max(0, most - 3)] + "..."
+
+
+def as_int(value: Any) -> int:
+    """A whole number of Python, numpy or torch as an int. Raises TypeError for all else, True and False too."""
+    if isinstance(value, bool) or getattr(value, "ndim", None) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"expected a whole number, got {brief(value)}")
+    return operator.index(value)
+
+
+def whole_number(name: str, value: Any, least: int, most: int, hint: str = "") -> int:
+    """A whole number of any kind in a range as an int, or ValueError."""
+    try:
+        number = as_int(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {brief(value)}{hint}")
+    return number
+
+
+def finite_number(name: str, value: Any, least: float, most: float, hint: str = "") -> float:
+    """A number of any kind in a range as a float, or ValueError."""
+    kind = str(getattr(value, "dtype", ""))
+    try:
+        if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", None) or "bool" in kind:
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected a finite number from {least:g} to {most:g}, got {brief(value)}{hint}")
+    return number
 
 
 def faults(error: ValidationError, prefix: str = "", kind: type[BaseModel] | None = None) -> str:

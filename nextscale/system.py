@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nextscale.condition import Condition
 from nextscale.contracts import Model, Objective, Output, Pyramid, Reader, Sampling, Stepper, Tokenizer
-from nextscale.data.images import as_images
 from nextscale.modules import as_module, replaced, usual_defaults
 from nextscale.output import Images
+from nextscale.pixels import as_images, warn_of_range
 from nextscale.schedule import Schedule
 from nextscale.settings import Settings, brief
 from nextscale.tokenizer.pyramid import teacher_inputs
@@ -223,6 +223,12 @@ class System(nn.Module):
             self.readers[name].check(values)
 
 
+def check_system(system: Any) -> None:
+    """Raise TypeError unless it is a system, which every verb takes first."""
+    if not isinstance(system, System):
+        raise TypeError(f"expected a system first, got {brief(system)}; load one: system = ns.load('emoji-64')")
+
+
 def _check_names(parts: Mapping[str, Part]) -> None:
     """A part's name is that of its file, also where files do not tell capitals apart, and of its place in a `ModuleDict`."""
     taken, methods = {"tokenizer", "model"}, nn.ModuleDict()
@@ -238,6 +244,8 @@ def _check_names(parts: Mapping[str, Part]) -> None:
 def _listed(values: Any, shape: tuple[int, ...] | None) -> Any:
     """A list with one entry a row, or a value alone, which has the reader's `shape`. Of readers that have none, tensors and
     arrays become numbers."""
+    if isinstance(values, set | frozenset | bytes):
+        raise ValueError(f"expected one label, or a list of one for each image, got {brief(values)}")
     if getattr(values, "ndim", None) == 0:
         return values.tolist()
     if isinstance(values, str) or not hasattr(values, "__iter__"):
@@ -264,10 +272,13 @@ def _dimensions(values: Any) -> int:
 def encode(system: System, images: Any, schedule: Schedule | None = None) -> list[Tokens]:
     """Token maps of images [B, 3, H, W] in [-1, 1] of the system's size (also bytes, arrays, Pillow images): a list of K int64
     tensors [B, h_k * w_k] (of bits uint8 [B, h_k * w_k, d]). With a schedule of one's own, images may have any size that fits
-    it. Of other outputs: of content with the output's shape."""
+    it. Of other outputs: of content with the output's shape. Raises ValueError for what does not fit."""
+    schedule = _usable(system, schedule) if schedule is not None else None
+    check_system(system)
     wanted = system.output.shape(system.schedule, system.tokenizer.stride)
     if isinstance(system.output, Images):
         images = as_images(images, wanted[0])
+        warn_of_range(images, stacklevel=4)
     elif not images.isfinite().all():
         raise ValueError(f"this system encodes {system.output.field}s of finite numbers, got NaN or inf")
     if images.ndim != 1 + len(wanted) or (schedule is None and tuple(images.shape[1:]) != wanted):
@@ -285,9 +296,10 @@ def encode(system: System, images: Any, schedule: Schedule | None = None) -> lis
 def decode(system: System, tokens: Sequence[Tokens], schedule: Schedule | None = None) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of the token maps of all scales, or of any first ones.
 
-    A token map holds ids [B, l_k], or soft weights over the codebook (`ns.Soft`, [B, l_k, V]).
+    A token map holds ids [B, l_k], or soft weights over the codebook (`ns.Soft`, [B, l_k, V]). Raises ValueError for token maps
+    of other shapes, kinds or ranges.
     """
-    schedule = schedule or system.schedule
+    schedule = _usable(system, schedule)
     tokens = _checked(system, tokens, schedule)
     return system.output.finish(system.tokenizer.decode(system.tokenizer.f_hat(tokens, schedule)))
 
@@ -296,42 +308,80 @@ def decode(system: System, tokens: Sequence[Tokens], schedule: Schedule | None =
 @usual_defaults()
 def logits(system: System, tokens: Sequence[Tokens], labels: Labels, schedule: Schedule | None = None) -> Tensor:
     """Teacher-forced logits float32 [B, L, V] (of bits [B, L, d, 2]) of given token maps (all scales, or any first ones)
-    under labels."""
-    schedule = schedule or system.schedule
-    return teacher_logits(system, _checked(system, tokens, schedule), system.condition(labels), schedule)
+    under labels, one for all or one an image."""
+    schedule = _usable(system, schedule)
+    tokens = _checked(system, tokens, schedule)
+    condition = system.condition(system.told(labels, len(first_tensor(tokens[0]))))
+    return teacher_logits(system, tokens, condition, schedule)
 
 
-def _checked(system: System, tokens: Sequence[Tokens], schedule: Schedule) -> list[Tokens]:
-    firsts = [first_tensor(token_map) for token_map in tokens]
-    if any(not isinstance(first, Tensor) or first.ndim < 2 for first in firsts):
-        raise ValueError(
-            f"expected a list of token maps [B, l], one a scale, got {brief([type(t).__name__ for t in tokens])}"
-        )
-    if len({len(first) for first in firsts}) > 1 or any(len(first) == 0 for first in firsts):
-        raise ValueError(f"expected as many images at every scale, got {[len(first) for first in firsts]}")
-    lengths = [first.shape[1] for first in firsts]
+def _usable(system: System, schedule: Schedule | None) -> Schedule:
+    """The schedule of a caller, or the system's own."""
+    check_system(system)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule: expected ns.Schedule.squares(1, 2, 4) or the like, got {brief(schedule)}")
+    return schedule or system.schedule
+
+
+def _checked(system: System, tokens: Any, schedule: Schedule) -> list[Tokens]:
+    """Token maps on the system's device, if they are what its pyramid adds up."""
+    if not isinstance(tokens, list | tuple) or isinstance(tokens, Soft):
+        got = f"a tensor {list(tokens.shape)}" if isinstance(tokens, Tensor) else brief(tokens)
+        raise ValueError(f"expected a list of token maps [B, l], one a scale, got {got}")
+    maps = [_token_map(token_map, system.tokenizer.pyramid) for token_map in tokens]
+    lengths = [first_tensor(token_map).shape[1] for token_map in maps]
     if not lengths or tuple(lengths) != schedule.lengths[: len(lengths)]:
-        raise ValueError(f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {lengths}")
-    for token_map in tokens:
-        _check_kind(token_map, system.tokenizer.pyramid)
-    return [each(lambda part: part.to(system.device), token_map) for token_map in tokens]
+        raise ValueError(
+            f"expected token maps of {list(schedule.lengths)} tokens, or the first of them, got {brief(lengths)}"
+        )
+    rows = [len(first_tensor(token_map)) for token_map in maps]
+    if len(set(rows)) > 1 or rows[0] == 0:
+        raise ValueError(f"expected as many images at every scale, got {rows}")
+    return [each(lambda part: part.to(system.device), token_map) for token_map in maps]
 
 
-def _check_kind(tokens: Tokens, pyramid: Pyramid) -> None:
-    """Raise ValueError for tokens that are of another kind than the pyramid's."""
-    plain, soft = isinstance(tokens, Tensor), isinstance(tokens, Soft)
-    whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
-    fits = {"ids": whole or soft, "bits": whole or soft, "vectors": plain and not whole}
-    fits["mixed"] = pyramid.token_type is not None and type(tokens) is pyramid.token_type
-    if not fits[pyramid.kind]:
-        got = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
-        hint = "; soft weights over the choices are ns.Soft(weights)" if pyramid.kind in ("ids", "bits") else ""
-        raise ValueError(f"this system's tokens are {pyramid.kind}, got {got}{hint}")
-    if whole and pyramid.kind in ("ids", "bits") and isinstance(tokens, Tensor):
-        least, most = (int(n) for n in tokens.aminmax())
-        if least < 0 or most >= pyramid.codes:
-            wrong = least if least < 0 else most
-            raise ValueError(f"this system's tokens are {pyramid.kind} from 0 to {pyramid.codes - 1}, got {wrong}")
+def _token_map(tokens: Any, pyramid: Pyramid) -> Tokens:
+    """The tokens of a scale, if they are of the pyramid's kind, shape and range."""
+    kind, dims = pyramid.kind, () if pyramid.kind == "ids" else (pyramid.code_dim,)
+    if kind == "mixed":
+        if pyramid.token_type is None or type(tokens) is not pyramid.token_type:
+            raise ValueError(f"this system's tokens are mixed, got {type(tokens).__name__}")
+        return tokens
+    if hasattr(tokens, "__array__") and not isinstance(tokens, Tensor):
+        tokens = torch.as_tensor(tokens)
+    soft = isinstance(tokens, Soft) and kind != "vectors"
+    values = tokens.weights if isinstance(tokens, Soft) and soft else tokens
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"expected a list of token maps [B, l], one a scale, got {type(tokens).__name__}: {brief(tokens)}"
+        )
+    whole = not (values.is_floating_point() or values.is_complex() or (kind == "ids" and values.dtype == torch.bool))
+    if whole == (soft or kind == "vectors"):
+        hint = "; soft weights over the choices are ns.Soft(weights)" if kind in ("ids", "bits") else ""
+        raise ValueError(f"this system's tokens are {kind}, got {values.dtype}{hint}")
+    dims = (*dims, pyramid.codes) if soft else dims
+    if values.ndim != 2 + len(dims) or tuple(values.shape[2:]) != dims:
+        shape = ", ".join(["B", "l", *map(str, dims)])
+        raise ValueError(f"expected a list of token maps [{shape}], one a scale, got one of {list(values.shape)}")
+    if values.numel() and not values.is_meta:
+        _check_values(values, kind, pyramid.codes, soft)
+    if whole and values.dtype not in (torch.int32, torch.int64):
+        return values.long() if kind == "ids" else values.to(torch.uint8)
+    return tokens
+
+
+def _check_values(values: Tensor, kind: str, codes: int, soft: bool) -> None:
+    """Raise ValueError for tokens that there are not."""
+    if values.is_floating_point():
+        if not values.isfinite().all():
+            raise ValueError(f"this system's tokens are {kind}, got numbers that are not finite (NaN or inf)")
+        if soft and bool((values.sum(dim=-1) - 1).abs().max() > 0.05):
+            raise ValueError("soft weights sum to 1 for each token, got others; make them with logits.softmax(dim=-1)")
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= codes:
+        wrong = least if least < 0 else most
+        raise ValueError(f"this system's tokens are {kind} from 0 to {codes - 1}, got {wrong}")
 
 
 def teacher_logits(system: System, tokens: Sequence[Tokens], condition: Condition, schedule: Schedule) -> Tensor:

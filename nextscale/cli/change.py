@@ -101,6 +101,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     import torch
 
     from nextscale.data.images import check_grid, read_image_file, save_images
+    from nextscale.pixels import white
     from nextscale.sampling.edit import generated_tokens, keep_masks
 
     count, picking = change.count, change.picking
@@ -116,14 +117,12 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     told = change.prompt or "".join(change.labels).strip()
     labels: list[Label] = read_labels(system, change.labels, change.prompt, name=loading.name) if told else [None]
     options, how = picking.resolve(system)
+    check_images(len(labels) * (count + 3))
     rows = [label for label in labels for _ in range(count)]
-    check_images(len(rows) + 3 * len(labels))
     check_grid(change.out, len(rows) + 3 * len(labels), system.image_size, 3 + count)
     source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
     if isinstance(where, Path):
-        pixels = read_image_file(where, system.image_size, channels=4).float()
-        white = (pixels[:3].mean(dim=0) > 127.5) & (pixels[3] > 127.5)  # [H, W]; what is transparent marks nothing
-        marked = generated_tokens(system, 1, white)
+        marked = generated_tokens(system, 1, white(read_image_file(where, system.image_size, channels=4)))
     else:
         marked = generated_tokens(system, 1, box=box_in_crop(where, change.image, system.image_size), inside=inside)
     if not marked.any():

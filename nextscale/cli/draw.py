@@ -77,7 +77,7 @@ def sample(
         scales: also write the same images scale by scale into this picture
         columns: images in a row
     """
-    from nextscale.data.images import check_grid, is_folder, save_images
+    from nextscale.data.images import check_grid, save_images, writes_singles
 
     at_least_one(count=count, columns=columns)
     picking.check()
@@ -86,21 +86,22 @@ def sample(
 
     loading = loading.told(prompt)
     system = loading.load()
-    rows = [label for label in read_labels(system, labels, prompt, name=loading.name) for _ in range(count)]
-    check_images(len(rows))
+    said = read_labels(system, labels, prompt, name=loading.name)
+    check_images(len(said) * count, out)
+    rows = [label for label in said for _ in range(count)]
     columns = columns or _columns(count, len(rows))
     check_grid(out, len(rows), system.image_size, columns)
     if scales:
         check_grid(scales, len(rows) * len(system.schedule), system.image_size, len(system.schedule))
     options, how = picking.resolve(system, preset)
-    frames = generate(system, rows, picking.seed, options, every_scale=scales is not None)
+    singles = writes_singles(out)
+    frames = generate(system, rows, picking.seed, options, every_scale=scales is not None, as_bytes=singles)
     captions = [caption(system, label) for label in rows]
     title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     if scales:
         print(_save_scales(frames, captions, scales, title))
-    exact = is_folder(out) or out.suffix.lower() == ".npz"
-    texts: dict[str, Any] = {} if exact else {"labels": captions, "title": title}
-    print(save_images(frames[-1].images, out, columns=columns, **texts))
+    looks: dict[str, Any] = {} if singles else {"columns": columns, "labels": captions, "title": title}
+    print(save_images(frames[-1].images, out, **looks))
 
 
 def _columns(count: int, total: int) -> int:
@@ -262,15 +263,17 @@ def generate(
     *,
     edit: Edit | None = None,
     every_scale: bool = False,
+    as_bytes: bool = False,
 ) -> list[Frame]:
     """Images of `ns.sample` after each step, or after the last one alone, which are few at a time in the making.
 
-    `options`: guidance, pick, and perhaps a schedule.
+    `options`: guidance, pick, and perhaps a schedule. `as_bytes`: uint8 instead of floats, for very many.
     """
     import torch
     from tqdm import tqdm
 
     from nextscale.output import at_size
+    from nextscale.pixels import to_uint8
     from nextscale.sampling.loop import stepper_of
 
     stepper, schedule = stepper_of(system), options.get("schedule") or system.schedule
@@ -287,7 +290,8 @@ def generate(
                 state = ns.step(system, state)
                 if every_scale or stepper.done(system, state):
                     name = scale_name(schedule[max(state.k, 1) - 1])
-                    frames.append(Frame(name, at_size(ns.finish(system, state), size).cpu()))
+                    images = at_size(ns.finish(system, state), size)
+                    frames.append(Frame(name, (to_uint8(images) if as_bytes else images).cpu()))
                 bar.update()
             batches.append(frames)
             bar.total = bar.n + len(schedule) * (len(starts) - len(batches))  # a loop may leave scales out

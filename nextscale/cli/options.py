@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
-from nextscale.settings import brief
 
 if TYPE_CHECKING:
     from nextscale.data.source import DataSource
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 SHIPPED = "emoji-64"
 SHIPPED_TEXT = "emoji-64-text"
 MOST_IMAGES = 4096  # in one grid
+MOST_SINGLES = 100_000  # written one by one
 
 Flat = tyro.conf.arg(name="")  # the fields become flags without a prefix
 Own = tyro.conf.arg(help_behavior_hint="(default: the system's own)")
@@ -148,7 +147,7 @@ def at_least_one(**numbers: int | None) -> None:
 
 def check_seed(seed: int) -> None:
     """Refuse seeds that the generators of all images of a picture cannot take."""
-    if not 0 <= seed < 2**63 - MOST_IMAGES:
+    if not 0 <= seed < 2**63 - MOST_SINGLES:
         raise ValueError(f"--seed must be a whole number from 0 to about 9e18, got {seed}")
 
 
@@ -169,16 +168,20 @@ def check_device(device: str) -> None:
     raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda where there is one")
 
 
-def check_images(count: int) -> None:
-    """Refuse more images than a picture holds."""
-    if count > MOST_IMAGES:
-        raise ValueError(f"a picture holds at most {MOST_IMAGES} images, got {count}; lower --count")
+def check_images(count: int, out: Path | None = None) -> None:
+    """Refuse more images than a picture holds; as single files, into the folder or array `out`, there may be more."""
+    from nextscale.data.images import writes_singles
+
+    if count > (MOST_SINGLES if out is not None and writes_singles(out) else MOST_IMAGES):
+        raise ValueError(
+            f"a picture holds at most {MOST_IMAGES} images, and a folder or .npz {MOST_SINGLES}, got {count}; lower --count"
+        )
 
 
 def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path] = ()) -> None:
     """Refuse what could not be written later, before any work; leaves nothing behind. `out` may also be a folder of single
     images, or .npz; `inputs` are files that must stay."""
-    from nextscale.data.images import image_format, is_folder
+    from nextscale.data.images import image_format, writes_singles
 
     outputs = [*paths, *([] if out is None else [out])]
     places = [path.resolve() for path in outputs]
@@ -187,16 +190,10 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
     for path, place in zip(outputs, places, strict=True):
         if place in [source.resolve() for source in inputs]:
             raise ValueError(f"{path} is read, and would be overwritten; give another --out")
-        exact = path == out and (is_folder(path) or path.suffix.lower() == ".npz")
-        if not exact:
+        singles = path == out and writes_singles(path)
+        if not singles:
             image_format(path)
-        elif path.is_dir() and (
-            others := [file.name for file in path.iterdir() if not re.fullmatch(r"[0-9]{5}\.png", file.name)]
-        ):
-            raise ValueError(
-                f"{path} holds other files ({brief(others[0])} ...); give a new folder, or a name with an extension"
-            )
-        check_writable(path / "00000.png" if exact and path.suffix.lower() != ".npz" else path)
+        check_writable(path / "00000.png" if singles and not path.suffix else path)
 
 
 def check_writable(path: Path) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from nextscale.data.captions import TABLES, captions_of
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, examine_image, height_width, read_image_file, readable_extensions, to_float
+from nextscale.data.images import Size, examine_image, height_width, read_image_file, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
 from nextscale.files import brief_path
+from nextscale.pixels import to_float
 
 
 class FolderDataset(ImageDataset):

@@ -11,9 +11,10 @@ from typing import Any
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, decode_image, examine_image, to_float
+from nextscale.data.images import Size, decode_image, examine_image
 from nextscale.data.left_out import LeftOut
 from nextscale.data.shards import numbered
+from nextscale.pixels import to_float
 
 
 class HubDataset(ImageDataset):

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.data.attribution import ATTRIBUTION as ATTRIBUTION
-from nextscale.data.images import to_float
 from nextscale.files import atomic_write, cache_dir
+from nextscale.pixels import to_float
 
 # Groups whose drawings stay what they are in a mirror; flags, signs, logos and letters do not.
 MIRROR_SAFE_GROUPS = frozenset(

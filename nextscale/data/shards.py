@@ -24,10 +24,11 @@ from tqdm import tqdm
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
 from nextscale.data.folder import hidden
-from nextscale.data.images import Size, decode_image, examine_image, readable_extensions, to_float
+from nextscale.data.images import Size, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
 from nextscale.files import brief_path, parse_json
+from nextscale.pixels import to_float
 from nextscale.settings import brief
 
 MOST_CLASSES = 100_000

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nextscale.data.dataset import Pictures
-from nextscale.data.images import on_white, to_float
 from nextscale.features import Lite0
+from nextscale.pixels import on_white, to_float
 
 
 @torch.no_grad()

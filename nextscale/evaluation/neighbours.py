@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nextscale.data.dataset import Pictures
-from nextscale.data.images import to_float
+from nextscale.pixels import to_float
 
 CHUNK_VALUES = 2**23  # floats of a chunk of images: 32 MiB
 CANDIDATES = 4  # kept from the matrix product for each image, then measured exactly

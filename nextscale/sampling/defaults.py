@@ -16,7 +16,7 @@ class SamplingDefaults(Settings):
     ramp: bool = Field(True, description="let the weight rise from 1 at the first scale; else it is the same at all")
     top_k: int = Field(900, ge=0, le=2**24, description="keep the k most likely tokens; 0: all")
     top_p: float = Field(0.96, ge=0, le=1, description="keep the smallest set with this probability; 0: all")
-    temperature: float = Field(1.0, gt=0, le=1000, description="divides the logits; below 1 is sharper")
+    temperature: float = Field(1.0, ge=1e-6, le=1000, description="divides the logits; below 1 is sharper")
     smooth: bool = Field(False, description="mix tokens softly instead of drawing one")
 
     def options(self) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.contracts import Edit, Pick
-from nextscale.data.images import as_images
+from nextscale.pixels import as_images, as_mask
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.loop import OnScale, sample
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
-from nextscale.system import Labels, System, encode
+from nextscale.settings import brief, finite_number
+from nextscale.system import Labels, System, check_system, encode
 from nextscale.tokens import Soft, Tokens, each, first_tensor
 
 Box = Sequence[float] | Tensor
@@ -33,7 +34,7 @@ MOST_WHOLE = 3  # a scale of at most so many tokens is kept whole
 def inpaint(
     system: System,
     x: Any,
-    mask: Tensor | None = None,
+    mask: Any = None,
     labels: Labels = None,
     *,
     box: Box | None = None,
@@ -48,14 +49,15 @@ def inpaint(
 
     Args:
         x: images [B, 3, H, W] in [-1, 1] of the system's size; also bytes, arrays and Pillow images (`as_images`).
-        mask: True = generate; [H, W] for all images or [B, 1, H, W], in pixels or in tokens of the last scale. Of pixels, a
-            token is kept if more than half of its own are.
+        mask: True = generate; [H, W] for all images or [B, 1, H, W], in pixels or in tokens of the last scale; also arrays,
+            bytes of 0 and 255, and Pillow images, white (and not transparent) where to generate. Of pixels, a token is kept if
+            more than half of its own are.
         labels: one for all images, or one an image; None (the default) is the null class.
         box: instead of a mask, (y0, x0, y1, x1) as fractions of the image, rounded to tokens of the last scale.
         keep_coarsest: as in the reference, keep scales of at most three tokens whole, so that the source sets the tone.
         guidance, pick, seed, generator, on_scale: as in `sample`.
 
-    Raises ValueError for shapes, numbers of rows and boxes that do not fit.
+    Raises ValueError for shapes, numbers of rows and boxes that do not fit; warns of masks that mark nothing.
     """
     rows, edit = _prepare(system, x, mask, box, labels, keep_coarsest, inside=True)
     return sample(
@@ -69,7 +71,7 @@ def outpaint(
     box: Box | None = None,
     labels: Labels = None,
     *,
-    mask: Tensor | None = None,
+    mask: Any = None,
     keep_coarsest: bool = True,
     guidance: Guidance | None = None,
     pick: Pick | ScalePick | None = None,
@@ -90,7 +92,7 @@ def outpaint(
 def class_edit(
     system: System,
     x: Any,
-    mask: Tensor | None = None,
+    mask: Any = None,
     labels: Labels = None,
     *,
     box: Box | None = None,
@@ -137,13 +139,17 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
     keep: Sequence[Tensor]
 
     def __post_init__(self) -> None:
+        wanted = "keep_tokens needs a token map [B, l_k] and a bool mask [B, l_k] or [1, l_k] for each scale, got "
+        hint = "; make them with `ns.encode` and `nextscale.sampling.edit.keep_masks`"
+        for given in (self.source, self.keep):
+            if not isinstance(given, list | tuple) or not all(isinstance(each, Tensor | tuple) for each in given):
+                raise ValueError(f"{wanted}{brief(given)}{hint}")
         got = [(list(t.shape), list(m.shape)) for t, m in zip(map(first_tensor, self.source), self.keep, strict=False)]
         fits = all(t[1:2] == m[1:] and len({t[0], m[0]} - {1}) <= 1 for t, m in got)
         if len(self.source) != len(self.keep) or not fits or any(m.dtype != torch.bool for m in self.keep):
             raise ValueError(
-                "keep_tokens needs a token map [B, l_k] and a bool mask [B, l_k] or [1, l_k] for each scale, got "
-                f"{len(self.source)} maps, {len(self.keep)} masks {[str(m.dtype) for m in self.keep[:1]]} of shapes {got}; "
-                "make them with `ns.encode` and `nextscale.sampling.edit.keep_masks`"
+                f"{wanted}{len(self.source)} maps, {len(self.keep)} masks {[str(m.dtype) for m in self.keep[:1]]} of shapes "
+                f"{brief(got, 200)}{hint}"
             )
 
     def __call__(self, tokens: Tokens, k: int) -> Tokens:
@@ -183,7 +189,7 @@ def keep_masks(keep: Tensor, schedule: Schedule, *, keep_coarsest: bool = True) 
 
 
 def generated_tokens(
-    system: System, batch: int, mask: Tensor | None = None, box: Box | None = None, *, inside: bool = True
+    system: System, batch: int, mask: Any = None, box: Box | None = None, *, inside: bool = True
 ) -> Tensor:
     """Which tokens of the last scale a mask or a box marks, bool [B, h, w] or [1, h, w], True = generate.
 
@@ -194,21 +200,23 @@ def generated_tokens(
     if box is not None:
         marked = _box_tokens(box, system.schedule[-1])
         return (marked if inside else ~marked).to(system.device)
-    return _mask_tokens(system, batch, torch.as_tensor(mask)).to(system.device)
+    return _mask_tokens(system, batch, as_mask(mask)).to(system.device)
 
 
 def check_box(box: Box) -> tuple[float, float, float, float]:
     """The box as four floats; raises ValueError unless 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1."""
     if isinstance(box, Tensor) and box.ndim != 1:
         raise ValueError(f"a box is (y0, x0, y1, x1), got a tensor {list(box.shape)}; a mask goes to mask=")
-    numbers = [float(n) for n in box]
-    if len(numbers) == 4:
-        y0, x0, y1, x1 = numbers
-        if 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1:
+    try:
+        y0, x0, y1, x1 = (finite_number("box", edge, 0, 1) for edge in box)
+        if y0 < y1 and x0 < x1:
             return y0, x0, y1, x1
+    except (TypeError, ValueError):
+        pass
+    numbers = box.tolist() if hasattr(box, "tolist") else box
     raise ValueError(
         "a box is (y0, x0, y1, x1) in fractions of the image with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1, got "
-        f"({', '.join(f'{n:g}' for n in numbers)}); (0, 0, 0.5, 1) is the upper half"
+        f"{brief(numbers)}; (0, 0, 0.5, 1) is the upper half"
     )
 
 
@@ -229,6 +237,7 @@ def _box_tokens(box: Box, size: tuple[int, int]) -> Tensor:
 def _mask_tokens(system: System, batch: int, mask: Tensor) -> Tensor:
     """The tokens that a mask marks, bool [B, h, w] or [1, h, w]."""
     grid, pixels = system.schedule[-1], system.image_size
+    mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
     shaped = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[0] in (1, batch))
     if not shaped or tuple(mask.shape[-2:]) not in (grid, pixels):
         (height, width), (h, w) = pixels, grid
@@ -236,12 +245,7 @@ def _mask_tokens(system: System, batch: int, mask: Tensor) -> Tensor:
             f"a mask for {batch} images has shape [{height}, {width}] or [{batch}, 1, {height}, {width}] in pixels, or "
             f"[{h}, {w}] or [{batch}, 1, {h}, {w}] in tokens, got {list(mask.shape)}; resize it, or give box="
         )
-    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"a mask is True (1) where to generate and False (0) elsewhere, got values from {mask.min():g} to "
-            f"{mask.max():g}; compare it with a threshold"
-        )
-    kept = (mask == 0).view(-1, 1, *mask.shape[-2:])
+    kept = ~mask.view(-1, 1, *mask.shape[-2:])
     marked = F.interpolate(kept.float(), size=grid, mode="area")[:, 0] <= 0.5
     lost = ~kept.flatten(1).all(1) & ~marked.flatten(1).any(1)
     if lost.any():  # else the images would come back unedited without a word
@@ -264,6 +268,7 @@ def _prepare(
     inside: bool,
 ) -> tuple[Labels, Edit]:
     """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
+    check_system(system)
     system.need_model()
     height, width = system.image_size
     x = as_images(x, system.tokenizer.channels)
@@ -275,10 +280,14 @@ def _prepare(
     rows = system.told(labels, len(x))
     system.check_told(rows)
     generate = generated_tokens(system, len(x), mask, box, inside=inside)
-    if not generate.any():
+    changed = generate.flatten(1).any(dim=1)
+    if not changed.any():
         warnings.warn(
             "the mask marks nothing, so nothing is generated and the images come back as their tokens render them; mark what "
             "to generate with True (1)",
             stacklevel=3,
         )
+    elif not changed.all():
+        first = int((~changed).int().argmax())
+        warnings.warn(f"mask {first} marks nothing, so its image comes back as its tokens render it", stacklevel=3)
     return rows, keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=keep_coarsest))

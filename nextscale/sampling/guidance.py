@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from nextscale.schedule import Schedule
+from nextscale.settings import brief, finite_number
+
+MOST_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,21 @@ class Guidance:
 
         A branch that is needed later must run now, since its keys and values will be attended to.
         """
-        later = [self.weights(schedule, j) for j in range(k, len(schedule))]
+        later = [self.at(schedule, j) for j in range(k, len(schedule))]
         return tuple(b for b in range(len(self.drops)) if b == 0 or any(weights[b] != 0 for weights in later))
+
+    def at(self, schedule: Schedule, k: int) -> tuple[float, ...]:
+        """The weights of scale k. Raises ValueError unless they are finite, one a branch."""
+        weights = self.weights(schedule, k)
+        if len(weights) != len(self.drops) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"guidance: expected {len(self.drops)} finite weights, one a branch, got {brief(weights)} at scale {k}"
+            )
+        return weights
 
     def combine(self, predictions: Tensor, alive: tuple[int, ...], schedule: Schedule, k: int) -> Tensor:
         """One prediction [B, ...] of those of the running branches, stacked in rows [len(alive) * B, ...]."""
-        weights = self.weights(schedule, k)
+        weights = self.at(schedule, k)
         first, *others = predictions.chunk(len(alive))
         if all(weights[b] == 0 for b in alive[1:]):
             return first
@@ -51,6 +64,7 @@ class Guidance:
 
 def cfg(weight: float | Sequence[float]) -> Guidance:
     """Classifier-free guidance with the same weight at every scale, or with one for each; 1 = off."""
+    weight = checked(weight, _weight)
 
     def weights(schedule: Schedule, k: int) -> tuple[float, float]:
         w = at_scale(weight, schedule, k)
@@ -59,33 +73,37 @@ def cfg(weight: float | Sequence[float]) -> Guidance:
     return Guidance(weights)
 
 
-def at_scale(value: float | Sequence[float], schedule: Schedule, k: int) -> float:
-    """The number of scale k: `value` itself, or the k-th of one number a scale."""
-    if not isinstance(value, Sequence):
-        return _finite(value)
-    if len(value) != len(schedule):
-        raise ValueError(f"expected one number, or one for each of {len(schedule)} scales, got {len(value)}: {value}")
-    return _finite(value[k])
-
-
-def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise ValueError(
-            f"expected finite numbers as weights and temperatures, got {number}; a guidance weight of 1 is off"
-        )
-    return number
-
-
 def cfg_ramp(weight: float) -> Guidance:
     """Classifier-free guidance whose weight rises from 1 at the first scale to `weight` at the last one.
 
     The reference's `cfg=c` is `cfg_ramp(1 + c)`.
     """
-
-    _finite(weight)
+    weight = _weight(weight)
 
     def weights(schedule: Schedule, k: int) -> tuple[float, float]:
         t = (weight - 1) * schedule.progress(k)
         return 1 + t, -t
 
     return Guidance(weights)
+
+
+def _weight(number: Any) -> float:
+    return finite_number("guidance weight", number, -MOST_WEIGHT, MOST_WEIGHT, "; 1 is off")
+
+
+def checked(numbers: Any, check: Callable[[Any], float]) -> float | tuple[float, ...]:
+    """One number, or a list (array, tensor) of one for each scale, each of them checked."""
+    if isinstance(numbers, list | tuple) or getattr(numbers, "ndim", 0) == 1:
+        return tuple(check(number) for number in numbers)
+    return check(numbers)
+
+
+def at_scale(value: float | Sequence[float], schedule: Schedule, k: int) -> float:
+    """The number of scale k: `value` itself, or the k-th of one number a scale."""
+    if not isinstance(value, Sequence):
+        return value
+    if len(value) != len(schedule):
+        raise ValueError(
+            f"expected one number, or one for each of {len(schedule)} scales, got {len(value)}: {brief(value)}"
+        )
+    return value[k]

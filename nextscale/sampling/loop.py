@@ -11,10 +11,11 @@ from torch import Tensor
 from nextscale.condition import Condition
 from nextscale.contracts import Cache, Edit, Generators, Pick, Stepper
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.pick import ScalePick, pick_at
+from nextscale.sampling.pick import ScalePick, check_pick, pick_at
 from nextscale.sampling.state import Noise, State, plain_tensors
 from nextscale.schedule import Schedule
-from nextscale.system import Labels, System
+from nextscale.settings import brief
+from nextscale.system import Labels, System, check_system
 from nextscale.tokens import Tokens
 
 OnScale = Callable[[int, Tensor], None]
@@ -30,6 +31,23 @@ class Options:
     seed: int | Sequence[int] = 0
     generator: torch.Generator | None = None
     schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, tuple[type, str]] = {
+            "guidance": (Guidance, "ns.cfg_ramp(2.5) or ns.cfg(2.5)"),
+            "generator": (torch.Generator, "a torch.Generator"),
+            "schedule": (Schedule, "ns.Schedule.squares(1, 2, 4)"),
+        }
+        for name, (kind, example) in kinds.items():
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name}: expected {example}, or None for the usual, got {brief(given)}")
+        if self.pick is not None:
+            check_pick(self.pick)
+        if self.edit is not None and not callable(self.edit):
+            raise ValueError(
+                f"edit: expected a function of (tokens, k) such as ns.keep_tokens(...), got {brief(self.edit)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,7 @@ class StepperWrapper:
 
 def stepper_of(system: System) -> Stepper:
     """The system's own steps, or VAR's."""
+    check_system(system)
     return system.stepper or ScaleByScale()
 
 
@@ -161,8 +180,11 @@ def start(
 
 def step(system: System, state: State) -> State:
     """The state after one more step (scale); the given one stays as it is and can be stepped again."""
+    stepper = stepper_of(system)
+    if stepper.done(system, state):
+        raise ValueError("this state has taken all of its steps; `ns.finish(system, state)` makes the images")
     with plain_tensors():
-        return stepper_of(system).step(system, state)
+        return stepper.step(system, state)
 
 
 def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
@@ -170,6 +192,8 @@ def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
 
     `on_scale(k, images)` gets what the system would give after each scale, [B, 3, H, W] in [-1, 1].
     """
+    if on_scale is not None and not callable(on_scale):
+        raise ValueError(f"on_scale: expected a function of (k, images), got {brief(on_scale)}")
     stepper = stepper_of(system)
     while not stepper.done(system, state):
         state = step(system, state)

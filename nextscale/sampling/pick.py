@@ -8,17 +8,21 @@ or one generator for all, which draws in the reference's order. A pick that chan
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nextscale.contracts import Generators, Pick
-from nextscale.sampling.guidance import at_scale
+from nextscale.sampling.guidance import at_scale, checked
 from nextscale.schedule import Schedule
+from nextscale.settings import brief, finite_number, whole_number
 from nextscale.tokens import Soft
+
+LEAST_TEMPERATURE = 1e-6  # logits over less are no numbers any more
 
 
 class ScalePick(Protocol):
@@ -46,7 +50,7 @@ def top_k_top_p(k: int = 0, p: float = 0.0) -> Pick:
 
     As in the reference, tokens that tie with the k-th stay too, and the most likely one always stays.
     """
-    _check(k, p)
+    k, p = _check(k, p)
 
     def pick(logits: Tensor, generators: Generators) -> Tensor:
         return multinomial(filter_logits(logits, k, p), generators)
@@ -66,7 +70,8 @@ class gumbel_soft:  # noqa: N801 - reads as the function that it is to its users
     p: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.k, self.p)
+        for name, number in zip("kp", _check(self.k, self.p), strict=True):
+            object.__setattr__(self, name, number)
 
     def at(self, schedule: Schedule, k: int) -> Pick:
         progress = schedule.progress(k)
@@ -91,12 +96,27 @@ class tempered:  # noqa: N801 - reads as the function that it is to its users
     pick: Pick | ScalePick
     temperature: float | Sequence[float]
 
+    def __post_init__(self) -> None:
+        check_pick(self.pick)
+        object.__setattr__(self, "temperature", checked(self.temperature, _temperature))
+
     def at(self, schedule: Schedule, k: int) -> Pick:
         temperature = at_scale(self.temperature, schedule, k)
-        if temperature <= 0:
-            raise ValueError(f"a temperature must be above 0, got {temperature} at scale {k}; use ns.greedy for 0")
         pick = pick_at(self.pick, schedule, k)
         return lambda logits, generators: pick(logits / temperature, generators)
+
+
+def _temperature(number: Any) -> float:
+    hint = "; a temperature must be above 0, use ns.greedy for 0"
+    return finite_number("temperature", number, LEAST_TEMPERATURE, 1000, hint)
+
+
+def check_pick(pick: Any) -> None:
+    """Raise ValueError for what is no pick: a name, a number, or the function that makes one."""
+    if isinstance(pick, type) or pick is top_k_top_p or not (callable(pick) or hasattr(pick, "at")):
+        raise ValueError(
+            f"pick: expected ns.greedy, ns.multinomial, ns.top_k_top_p(900, 0.96) or the like, got {brief(pick)}"
+        )
 
 
 def pick_at(pick: Pick | ScalePick, schedule: Schedule, k: int) -> Pick:
@@ -129,6 +149,10 @@ def _gumbel(logits: Tensor, generator: torch.Generator) -> Tensor:
     return -torch.empty_like(logits).exponential_(generator=generator).log()
 
 
-def _check(k: int, p: float) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0 or not 0 <= p <= 1:
-        raise ValueError(f"top_k needs a whole k >= 0 and top_p 0 <= p <= 1 (0: no limit), got k={k}, p={p}")
+def _check(k: Any, p: Any) -> tuple[int, float]:
+    try:
+        return whole_number("k", k, 0, sys.maxsize), finite_number("p", p, 0, 1)
+    except ValueError:
+        raise ValueError(
+            f"top_k needs a whole k >= 0 and top_p 0 <= p <= 1 (0: no limit), got k={brief(k)}, p={brief(p)}"
+        ) from None

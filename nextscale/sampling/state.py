@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from operator import index
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from nextscale.modules import usual_defaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
-from nextscale.settings import brief
+from nextscale.settings import as_int, brief
 from nextscale.tokens import Tokens, each
 
 
@@ -53,7 +52,11 @@ class State:
 
     @plain_tensors()
     def select(self, rows: Tensor) -> State:
-        """Keep, re-order or copy images (int64 [rows']); a copied image continues with a copy of its generator."""
+        """Keep, re-order or copy images (int64 [rows']); a copied image continues with a copy of its generator. Raises
+        ValueError for rows that there are not."""
+        rows = torch.as_tensor(rows)
+        if rows.ndim != 1 or rows.dtype.is_floating_point or not all(0 <= row < len(self) for row in rows.tolist()):
+            raise ValueError(f"select: expected rows from 0 to {len(self) - 1}, got {brief(rows.tolist())}")
         stacked = torch.cat([rows + b * len(self) for b in range(len(self.branches))])
         edit = self.edit
         if edit is not None and hasattr(edit, "select"):  # one that knows images by their rows
@@ -89,12 +92,9 @@ class Noise:
         another number of seeds, and for what is no whole number."""
         if generator is not None:
             return cls(generator.device, (generator.get_state(),), generator)
-        # Numbers of numpy and torch are taken, too.
         several = isinstance(seed, Sequence) or getattr(seed, "ndim", None)
         try:
-            if any(isinstance(one, bool) for one in (seed if several else [seed])):  # type: ignore
-                raise TypeError
-            seeds = [index(one) for one in seed] if several else [index(seed) + i for i in range(batch)]  # type: ignore
+            seeds = [as_int(one) for one in seed] if several else [as_int(seed) + i for i in range(batch)]  # type: ignore
         except TypeError:
             raise ValueError(f"seed: expected a whole number, or one for each image, got {brief(seed)}") from None
         if wrong := [one for one in seeds if not 0 <= one < 2**63]:

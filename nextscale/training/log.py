@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from nextscale.data.images import on_white, save_images, to_uint8
+from nextscale.data.images import save_images
 from nextscale.files import atomic_write
+from nextscale.pixels import on_white, to_uint8
 
 
 class RunLog:

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.contracts import Kept, Lesson, Output, TrainableTokenizer, Upkeep
-from nextscale.data.images import on_white
 from nextscale.draws import BatchPart, Draws, generator_for
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.output import Images
+from nextscale.pixels import on_white
 from nextscale.processes import Team
 from nextscale.schedule import Schedule
 from nextscale.tokenizer.dino import DinoDiscriminator
