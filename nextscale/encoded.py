@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from nextscale.data.dataset import collate
+from nextscale.data.dataset import collate, data_digest
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for, rows_in, rows_of
-from nextscale.files import atomic_write
+from nextscale.files import atomic_write, digest
 from nextscale.modules import as_module, usual_defaults
 from nextscale.processes import Team
 from nextscale.readers import Given, TensorReader
@@ -70,6 +71,7 @@ class EncodedImages(Dataset[dict[str, Any]]):
     def __init__(self, content: Tokens | EncodedShards, told: Mapping[str, Column]) -> None:
         self.content = content  # tokens [N, L] (of bits [N, L, d], or several such tensors) or features [N, C, H, W]
         self.told = dict(told)
+        self.digest = ""  # of the data that was encoded; empty where nobody asked
 
     def __len__(self) -> int:
         return rows_in(self.content)
@@ -233,9 +235,10 @@ def encode_images(
     """Encode a data set, `views` augmented versions of each image, into a cache (None: memory only).
 
     What a cache already holds of the same tokenizer, data and settings is not encoded again. A cache of others is replaced,
-    or with `strict` refused by ValueError. Data are the same if they say the same of every image, and sixteen images are equal:
-    a data set that has `said(index)` tells what it says without decoding images; of others every item is read. `workers`
-    processes load images. The processes of `team` share the work.
+    or with `strict` refused by ValueError. Data are the same if they say the same of every image, and `data_digest` is the
+    same: a data set that has `said(index)` tells what it says without decoding images; of others every item is read. A shard
+    that is not what was written is encoded again, with a warning. `workers` processes load images. The processes of `team`
+    share the work.
     """
     count = len(data)  # type: ignore[arg-type]
     settings = augmentation or AugmentSettings()
@@ -271,7 +274,7 @@ def encode_images(
             return _joined([encode(view, first, bar) for view, first in pieces])
     key = {
         "tokenizer": fingerprint(system),
-        "images": f"{count} {_digest(data, system.output.field)}",
+        "images": f"{count} {data_digest(data, system.output.field)}",
         "told": _told_digest(data, asked, team),
         "views": views,
         "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
@@ -282,13 +285,22 @@ def encode_images(
         _refuse(folder, key, strict)
     team.wait()
     paths = [folder / f"shard-{i:05}.safetensors" for i in range(len(pieces))]
-    missing = [i for i, path in enumerate(paths) if not _holds(path, key)]
+    rows = [min(SHARD, count - first) for _, first in pieces]
+    own = range(len(paths))[team.rank :: team.size]
+    lacking = [i for some in team.gather([i for i in own if not _holds(paths[i], key, rows[i])]) for i in some]
+    missing = sorted(lacking)
+    if team.leads and (bad := [paths[i].name for i in missing if paths[i].exists()]):
+        warnings.warn(
+            f"{len(bad)} files in {folder} are not what was written ({bad[0]} ...); they are encoded again",
+            stacklevel=3,
+        )
     team.wait()  # all have looked before anyone writes
     mine = missing[team.rank :: team.size]
     if missing:
         with progress(sum(min(SHARD, count - pieces[i][1]) for i in mine)) as bar:
             for i in mine:
-                encode(*pieces[i], bar).write(paths[i], key)
+                view, first = pieces[i]
+                encode(view, first, bar).write(paths[i], key)
         team.wait()
     if team.leads and missing:
         with atomic_write(folder / INDEX) as temporary:
@@ -297,7 +309,9 @@ def encode_images(
     shapes = {name: shape for name, (_, shape) in asked.items()}
     token_type = system.tokenizer.pyramid.token_type if kind == "tokens" else None
     small = sum(path.stat().st_size for path in paths) <= IN_MEMORY
-    return _joined([_Shard.read(path, shapes, token_type, small) for path in paths], paths)
+    found = _joined([_Shard.read(path, shapes, token_type, small) for path in paths], paths)
+    found.digest = f"{key['images']} {key['told']}"
+    return found
 
 
 def _encoded(system: System, images: Tensor, kind: str) -> Tokens:
@@ -389,14 +403,6 @@ def _told_digest(data: Any, asked: Asked, team: Team) -> str:
     return hashlib.blake2b("".join([names, *(parts[first] for first in firsts)]).encode(), digest_size=16).hexdigest()
 
 
-def _digest(data: Any, content: str) -> str:
-    """A hash of sixteen images (or what the content is), evenly spaced: other data of the same length are told apart."""
-    digest = hashlib.blake2b(digest_size=16)
-    for i in sorted({round(j * (len(data) - 1) / 15) for j in range(16)}):
-        digest.update(bytes_of(data[i][content]))
-    return digest.hexdigest()
-
-
 # ---- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -406,8 +412,9 @@ def _refuse(folder: Path, key: dict[str, Any], strict: bool) -> None:
         known = json.loads((folder / INDEX).read_text(encoding="utf-8"))["key"]
     except FileNotFoundError:
         return  # none, or one that was not finished: its shards say what they are
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     different = [name for name in key if known.get(name) != key[name]]
     if not different:
         return
@@ -416,18 +423,25 @@ def _refuse(folder: Path, key: dict[str, Any], strict: bool) -> None:
             f"{folder} holds images that were encoded with another {', another '.join(different)}; give the one it was made "
             "with, or another folder"
         )
-    for path in [folder / INDEX, *folder.glob("shard-*.safetensors")]:
+    for path in [folder / INDEX, *folder.glob("shard-*.safetensors"), *folder.glob("shard-*.blake2b")]:
         with suppress(FileNotFoundError):
             path.unlink()
 
 
-def _holds(path: Path, key: dict[str, Any]) -> bool:
-    """Whether a shard is whole and was made with the same."""
+def _holds(path: Path, key: dict[str, Any], rows: int) -> bool:
+    """Whether a shard has so many rows, was made with the same, and is to the bit what was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("key", "null")) == key
-    except (OSError, SafetensorError, ValueError):
+            if json.loads((file.metadata() or {}).get("key", "null")) != key:
+                return False
+        return _count(path) == rows and _digest_path(path).read_text(encoding="utf-8").strip() == digest(path)
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError):
         return False
+
+
+def _digest_path(path: Path) -> Path:
+    """Where the digest of a shard is kept."""
+    return path.with_suffix(".blake2b")
 
 
 @dataclass(frozen=True)
@@ -444,6 +458,8 @@ class _Shard:
             texts[name] = column.texts if isinstance(column, Choices) else None
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"key": json.dumps(key), "texts": json.dumps(texts)})
+        with atomic_write(_digest_path(path)) as temporary:
+            temporary.write_text(digest(path) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path, shapes: Mapping[str, Any], token_type: Any, small: bool) -> _Shard:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -27,14 +28,29 @@ class Team:
     @classmethod
     def of_environment(cls) -> Team:
         """The team that torchrun started, joined; a team of one where nothing says otherwise."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
         if not dist.is_initialized():
+            rank = _number("RANK", size)
+            wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            if missing := [name for name in wanted if name not in os.environ]:
+                raise ValueError(
+                    f"WORLD_SIZE={size} is set in the environment, but {missing[0]} is not: start several processes with "
+                    "torchrun, or unset WORLD_SIZE"
+                )
+            try:  # the others may still be starting
+                store, rank, size = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=5)))
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"WORLD_SIZE={size} is set in the environment, but the other processes did not come within 5 minutes; "
+                    "start them all with torchrun, or unset WORLD_SIZE, RANK and MASTER_ADDR"
+                ) from error
             # gloo for tensors on the CPU, and the accelerator's own backend where there is one. The leader judges, draws and
             # saves while the others wait, and one may encode for longer than another: that takes what it takes. When a
             # process dies, torchrun ends the others at once.
-            dist.init_process_group(timeout=timedelta(days=7))
+            store.set_timeout(timedelta(days=7))
+            dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
             atexit.register(dist.destroy_process_group)  # else a process aborts more often while its threads still run
         return cls(dist.get_rank(), size)
 
@@ -139,6 +155,16 @@ class Team:
         """Metrics averaged over the team; all must have the same names."""
         values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.double)
         return dict(zip(metrics, (self.sum_(values) / self.size).tolist(), strict=True))
+
+
+def _number(name: str, default: int) -> int:
+    """A number in the environment, where torchrun puts it."""
+    text, least = os.environ.get(name, str(default)), int(name == "WORLD_SIZE")
+    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) >= least):
+        raise ValueError(
+            f"{name}={text[:40]!r} is set in the environment, but torchrun sets whole numbers; unset {name}"
+        )
+    return int(text)
 
 
 def end_process() -> None:

@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that SIGPIPE ends
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(stop or "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0"):

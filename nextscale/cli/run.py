@@ -143,17 +143,20 @@ def save(
     to: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None,
     methods: Methods = (),
 ) -> None:
-    """Write a system that methods changed into a folder, which then is a system like any other.
+    """Write a system into a folder: one that methods changed, or that of a training's checkpoint.
 
     Try: nextscale save emoji-64 --with fastvar --with.ratios 0.4,0.5 --to systems/fast
 
     Then: nextscale sample --system systems/fast
 
+    Or: nextscale save runs/generator/checkpoints/00002000 --to early
+
     The weights are those of SYSTEM, and so is the model card, which says their licence; what was changed stands in config.json
     and at the end of the card. The last line is the folder.
 
     Args:
-        system: shipped name, folder, or hub name
+        system: shipped name, folder, or hub name; or the folder of a training that has not ended (its best checkpoint is
+            taken), or of one of its checkpoints
         to: folder to write to
     """
     from nextscale.checkpoint import find_folder
@@ -162,6 +165,18 @@ def save(
     if to is None:
         raise ValueError("save needs --to: the folder to write to")
     check_writable(to / "config.json")
+    run = Path(system)
+    if (run / "state.json").is_file() or (
+        (run / "checkpoints").is_dir() and not (run / "system" / "config.json").is_file()
+    ):
+        from nextscale.training.export import export_run
+
+        if methods:
+            raise ValueError(
+                "a checkpoint is saved as it is; change the system that comes of it: `nextscale save` again, --with ..."
+            )
+        print(export_run(run, to))
+        return
     loaded, card = load_changed(system, "cpu", methods), find_folder(system) / "README.md"
     if card.is_file():
         with atomic_write(to / "README.md") as path:

@@ -112,7 +112,16 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             built = module.build(system, seed=train.seed, model=False)
         images = load_data(source, built, oversample, augmentation)
         remember(source.named(), folder)
-        train_tokenizer(built, images.train, train, out=folder, val=images.val, loss=loss, augmentation=augmentation)
+        train_tokenizer(
+            built,
+            images.train,
+            train,
+            out=folder,
+            val=images.val,
+            loss=loss,
+            augmentation=augmentation,
+            about=about(images, built),
+        )
         print(folder / "system")
 
     return command
@@ -205,6 +214,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             views=views,
             lora=lora,
             cache=cache,
+            about=about(images, system),
         )
         print(folder / "system")
 
@@ -305,6 +315,15 @@ def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> 
     check_writable(out / "metrics.jsonl")
     check_device(train.device)
     return out
+
+
+def about(images: SourceImages, system: System) -> dict[str, Any]:
+    """What the run's first line says of the images."""
+    found: dict[str, Any] = {"classes": len(images.classes), "held_out": len(images.val)}
+    found["size"] = "{}x{} px".format(*system.image_size)
+    if system.model is not None and system.texts:
+        found["captions"] = f"captions from {images.captions_from}"
+    return found | {"left_out": images.left_out.summary()}
 
 
 def load_data(source: Source, system: System, oversample: int, augmentation: AugmentSettings) -> SourceImages:

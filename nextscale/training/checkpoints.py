@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from nextscale.files import atomic_write, digest, disk_full, sync_folder
+from nextscale.files import atomic_write, digest, disk_full, read_json, sync_folder
 from nextscale.processes import Team
+from nextscale.settings import Settings, faults
 
 FACTS = "state.json"
 NUMBER = "[0-9]" * 8  # of a step, as a pattern of names
@@ -61,12 +63,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, team: Team = Team()) -> None:
         self.folder, self.keep, self.team = folder, keep, team
+        self._known: dict[Path, Checkpoint] = {}  # those that this process wrote
 
     def save(self, tensors: Mapping[str, Tensor], step: int, score: float | None = None, **facts: Any) -> None:
         """Write the state after `step` steps; `score`: of its validation, higher is better; `facts`: what JSON can say.
 
-        What fails, on a full disk for example, leaves all earlier checkpoints as they are.
+        What fails, on a full disk for example, leaves all earlier checkpoints as they are. Raises FloatingPointError, and
+        writes nothing, if a number is not finite.
         """
+        refuse_not_finite(tensors, self.team, step)
         path, partial = self.folder / f"{step:08}", self.folder / f".{step:08}"
         try:
             self._write(tensors, partial)
@@ -80,6 +85,7 @@ class Checkpoints:
                 _remove(path)
                 os.replace(partial, path)
                 sync_folder(self.folder)
+                self._known[path] = Checkpoint(path, step, score, files, facts)
         except OSError:
             if self.team.leads:
                 _remove(partial)
@@ -88,30 +94,55 @@ class Checkpoints:
             self._prune()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None. A damaged one is left aside with a warning."""
-        for _, found in sorted(self._complete().items(), reverse=True):
+        """The newest checkpoint that is whole, or None where there is none. A damaged one is left aside with a warning.
+
+        Raises ValueError if there are some and all are damaged; OSError if one cannot be read, which is not to say that it is
+        damaged: nothing is changed then.
+        """
+        complete = self._complete()
+        for _, found in sorted(complete.items(), reverse=True):
             names = sorted(found.files)[self.team.rank :: self.team.size]
-            sound = all(digest(found.path / name) == found.files[name] for name in names)
+            try:
+                sound = all(digest(found.path / name) == found.files[name] for name in names)
+            except OSError as error:
+                raise _unreadable(found.path, error) from error
             if all(self.team.gather(sound)):
                 return found
             warnings.warn(f"the checkpoint {found.path} is damaged; the one before it is used", stacklevel=2)
+        if there := [path.name for path in sorted(self.folder.glob(NUMBER))]:
+            raise ValueError(
+                f"all checkpoints in {self.folder} are damaged ({', '.join(there[-3:])}), so the run cannot go on; move its "
+                "folder away to begin anew, or copy a whole one back"
+            )
         return None
 
+    def all(self) -> list[Checkpoint]:
+        """All that can be read, by step; whether their tensors are whole says `sound`."""
+        return [found for _, found in sorted(self._complete().items())]
+
+    def sound(self, found: Checkpoint) -> bool:
+        """Whether the tensors of a checkpoint are what was written."""
+        return all(digest(found.path / name) == found.files[name] for name in found.files)
+
     @contextmanager
-    def disk_full_explained(self) -> Iterator[None]:
-        """Where a full disk ends the block, say what is safe and what to do."""
+    def explained(self) -> Iterator[None]:
+        """Where a full disk, or the death of a process that loads images, ends the block, say what is safe and what to do."""
         try:
             yield
         except Exception as error:
-            if not disk_full(error):
-                raise
-            last = max(self._complete(), default=None)
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left ({error}); "
-                + (f"the checkpoint of step {last} in {self.folder} is whole: " if last is not None else "")
-                + "free some space and give the same command again",
-            ) from error
+            if disk_full(error):
+                said = f"no space left ({error}); {self.whole()}free some space and give the same command again"
+                raise OSError(errno.ENOSPC, said) from error
+            # Torch says so wherever the program is at that moment.
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                said = f"a process that loads images died ({str(error).splitlines()[0]}); {self.whole()}"
+                raise OSError(f"{said}give the same command again, perhaps with fewer --workers") from error
+            raise
+
+    def whole(self) -> str:
+        """What is safe, to say before what to do."""
+        last = max(self._complete(), default=None)
+        return f"the checkpoint of step {last} in {self.folder} is whole: " if last is not None else ""
 
     def best_score(self) -> float | None:
         """The highest score of a checkpoint so far."""
@@ -145,13 +176,22 @@ class Checkpoints:
         """Each complete checkpoint, by step."""
         found = {}
         for path in self.folder.glob(f"{NUMBER}/{FACTS}"):
+            if path.parent in self._known:
+                found[self._known[path.parent].step] = self._known[path.parent]
+                continue
             try:
-                state = json.loads(path.read_text(encoding="utf-8"))
-                step = int(state["step"])
-                files = {str(name): str(digest) for name, digest in state["files"].items()}
-                found[step] = Checkpoint(path.parent, step, state["score"], files, dict(state["facts"]))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                warnings.warn(f"{path} cannot be read; its checkpoint is left aside", stacklevel=3)
+                state = Facts.model_validate(read_json(path, expected="what a checkpoint holds"))
+                if state.step != int(path.parent.name):
+                    raise ValueError(f"{path} says step {state.step}")
+            except FileNotFoundError:  # another process removes it
+                continue
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            except ValueError as error:
+                said = faults(error) if isinstance(error, ValidationError) else str(error)
+                warnings.warn(f"{path} is damaged ({said}); its checkpoint is left aside", stacklevel=3)
+                continue
+            found[state.step] = Checkpoint(path.parent, state.step, state.score, state.files, state.facts)
         return found
 
     def _prune(self) -> None:
@@ -161,7 +201,37 @@ class Checkpoints:
         if scored:
             kept.add(max(scored, key=lambda step: (scored[step], step)))
         for step in set(complete) - kept:
+            self._known.pop(complete[step].path, None)
             _remove(complete[step].path)
+
+
+class Facts(Settings):
+    """The content of `state.json`."""
+
+    step: int = Field(ge=0, le=10**9)
+    score: float | None
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str]
+    facts: dict[str, Any]
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], team: Team, step: int) -> None:
+    """Raise FloatingPointError, on all processes, if one of them holds a number that is not finite."""
+    local = ((name, getattr(tensor, "_local_tensor", tensor)) for name, tensor in tensors.items())
+    bad = [name for name, tensor in local if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if names := [name for some in team.gather(bad) for name in some]:
+        raise FloatingPointError(
+            f"diverged at step {step}: lower --lr, or look at the data of the last steps; {names[0]}"
+            f"{' and others' if len(names) > 1 else ''} holds numbers that are not finite, so nothing was saved"
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{path} cannot be read ({error.strerror or error}); nothing was changed: make it readable and give the same command "
+        "again, or give another --out",
+        str(path),
+    )
 
 
 def _remove(path: Path) -> None:

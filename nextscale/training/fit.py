@@ -23,14 +23,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from nextscale import __version__
-from nextscale.data.dataset import collate
+from nextscale.data.dataset import collate, data_digest
 from nextscale.draws import BatchPart, Draws, generator_for, rows_of
 from nextscale.files import atomic_write
 from nextscale.processes import Team
+from nextscale.settings import cut
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.config import TrainConfig
-from nextscale.training.log import RunLog
+from nextscale.training.log import RunLog, Shown
 from nextscale.training.memory import peak_memory
 from nextscale.training.rates import learning_rate, weight_decay
 from nextscale.training.resume import recorded, resume, save_state
@@ -61,8 +62,8 @@ class Task(Protocol):
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Metrics of `module` (the averaged weights) on the validation split."""
 
-    def pictures(self, module: nn.Module) -> dict[str, Tensor]:
-        """Rows of images to look at, float [B, 3, H, W] in [-1, 1]."""
+    def pictures(self, module: nn.Module) -> dict[str, Shown]:
+        """Images to look at, with what they are."""
 
     def alarms(self, metrics: Mapping[str, Tensor | float]) -> list[str]:
         """What in these training metrics a person should know of now, in sentences."""
@@ -226,13 +227,17 @@ def fit(
     others: Mapping[str, Any],
     transform: Callable[[dict[str, Any], Draws], dict[str, Any]] | None = None,
     team: Team = Team(),
+    about: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Run (or go on with) a training in the folder `out`; returns the averaged module.
+
+    `about`: what the run's first line says beside images, parameters and steps, and metrics.jsonl and run.json keep.
 
     `others`: what beside `config` changes what is computed (settings, or other values by name); a run goes on with the same
     ones alone.
     `transform(batch, draws)` augments a part of a batch. Writes `metrics.jsonl`, TensorBoard events, `pictures/` and
-    `checkpoints/`. A finished run returns at once. SIGTERM saves after the step at hand and ends the process.
+    `checkpoints/`. A finished run returns at once. SIGTERM and SIGINT (Ctrl-C) save after the step at hand; the first ends the
+    process, the second raises KeyboardInterrupt. Raises FloatingPointError if the run diverges.
     """
     pieces = team.pieces(config.batch_size, config.accumulate)
     average = Average(task.module, config.ema) if config.ema else None
@@ -240,11 +245,15 @@ def fit(
     checkpoints = Checkpoints(out / "checkpoints", config.keep, team if sharded else Team())
     own_settings = config.model_dump(mode="json")
     other_settings = {name: recorded(part) for name, part in others.items() if part is not None}
-    settings = own_settings | other_settings | {"images": len(data)}  # type: ignore[arg-type]
+    known = getattr(data, "digest", "") or data_digest(data)
+    settings = own_settings | other_settings | {"images": len(data), "data": known}  # type: ignore[arg-type]
     first = resume(checkpoints, task, average, settings, team)
     log = RunLog(out, config.steps, description, first, silent=not team.leads, wandb=config.wandb)
+    about = {"images": len(data), **(about or {})}  # type: ignore[arg-type]
     if team.leads:
-        _describe(out, {"kind": description, "config": own_settings, **other_settings}, team)
+        _describe(out, {"kind": description, "config": own_settings, **other_settings, "data": about}, team)
+    log.facts(data=about)
+    log.say(_first_line(description, task, config, first, about))
     own = slice(pieces[0].start, pieces[-1].stop)
     order = Order(len(data), config.batch_size, config.seed, first, config.steps, own)  # type: ignore[arg-type]
     loader = DataLoader(
@@ -252,6 +261,7 @@ def fit(
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=getattr(data, "collate", collate),
+        worker_init_fn=_deaf,
     )
 
     def parts_of(batch: dict[str, Any], step: int) -> list[BatchPart]:
@@ -269,9 +279,9 @@ def fit(
     task.module.train()  # a system comes in eval mode
     best, health = checkpoints.best_score(), Health(team, config.device)
     own_numbers = torch.random.fork_rng(devices=_own_gpu(config.device))
-    with checkpoints.disk_full_explained(), own_numbers, log.progress() as bar, _sigterm() as asked_to_stop:
+    with checkpoints.explained(), own_numbers, log.progress() as bar, _signals() as asked_to_stop:
         started = time.perf_counter()
-        for step, batch in enumerate(loader, start=first):
+        for step, batch in enumerate(_batches(loader, checkpoints), start=first):
             # dropout draws from torch's own generator
             torch.manual_seed(config.seed * 1_000_003 + step + team.rank * 1_000_000_007)
             lr = set_rates(task.optimizers, config, step)
@@ -282,9 +292,9 @@ def fit(
             if health.worst > config.most_skipped:
                 name = first_bad_module(task.module, partial(task.step, parts_of(batch, step), step))
                 raise FloatingPointError(
-                    f"loss or gradient was not finite in {health.worst} steps in a row, up to step {step}; the first module "
-                    f"with such an output is {name}. The last checkpoint in {checkpoints.folder} is good: look at the data of "
-                    "that step, or start again with a lower --lr or --clip"
+                    f"diverged at step {step}: lower --lr (it was {config.lr:g}) or --clip, or look at the data of that step; "
+                    f"loss or gradient was not finite in {health.worst} steps in a row, first in the output of {name}. "
+                    f"{checkpoints.whole()}start again from there, or anew"
                 )
             if average and finite:
                 average.update()
@@ -300,10 +310,11 @@ def fit(
                     running["mfu"] = running["tflops"] / config.peak_tflops
                 log.scalars(done, {**means, **running}, "train")
                 log.alarms(done, task.alarms(means))
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
+                bar.show_loss(means["loss"])
             score, better = None, False
             if (team.leads or sharded) and (done % config.validate_every == 0 or done == config.steps):
-                with average.shown() if average else nullcontext(task.module) as shown, torch.no_grad():
+                showing = average.shown() if average else nullcontext(task.module)
+                with bar.doing("validating"), showing as shown, torch.no_grad():
                     shown.eval()
                     judged, pictures = task.together(lambda shown=shown: (task.validate(shown), task.pictures(shown)))
                 log.scalars(done, judged, "val")
@@ -317,10 +328,10 @@ def fit(
             if stop and done < config.steps:
                 team.wait()  # for the leader, who saves
                 log.close()
-                raise SystemExit(
-                    f"stopped by SIGTERM after step {done}, which is saved in {checkpoints.folder}; give the same command "
-                    "again to go on"
-                )
+                by = "Ctrl-C" if signal.SIGINT in asked_to_stop else "SIGTERM"
+                said = f"stopped by {by} after step {done}, which is saved in {checkpoints.folder}; "
+                said += "give the same command again to go on"
+                raise KeyboardInterrupt(said) if by == "Ctrl-C" else SystemExit(said)
     log.close()
     if average:
         average.swap()
@@ -381,17 +392,58 @@ def _own_gpu(device: str) -> list[torch.device]:
 
 
 @contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes. Signals reach the main thread alone; elsewhere nothing is caught."""
+def _signals() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM or SIGINT comes; a second SIGINT interrupts at once. Signals reach the main thread
+    alone; elsewhere nothing is caught."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+
+    def receive(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _deaf(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but a process that loads images must live until the step is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _batches(loader: Any, checkpoints: Checkpoints) -> Iterator[Any]:
+    """The batches of a loader; what fails while images are read is said in one sentence, with what is safe."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (OSError, ValueError) as error:
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise OSError(
+                f"reading images failed ({cut(last, 300)}); {checkpoints.whole()}mend it and give the same command again"
+            ) from error
+        yield batch
+
+
+def _first_line(description: str, task: Task, config: TrainConfig, first: int, about: Mapping[str, Any]) -> str:
+    """What a run is, before it begins."""
+    count = sum(parameter.numel() for parameter in task.module.parameters() if parameter.requires_grad)
+    parts = [f"{about['images']:,} images"]
+    parts += [f"{about[name]:,} {name.replace('_', ' ')}" for name in ("classes", "held_out") if name in about]
+    parts += [str(about[name]) for name in ("size", "captions") if about.get(name)]
+    goes_on = f", from step {first}" if first else ""
+    steps = f"{config.steps} steps of {config.batch_size}{goes_on}"
+    said = f"{description}: {', '.join(parts)}; {count / 1e6:.1f} M parameters; {steps}"
+    return said + (f"\n{about['left_out']}" if about.get("left_out") else "")
 
 
 def _describe(out: Path, facts: dict[str, Any], team: Team) -> None:

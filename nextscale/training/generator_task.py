@@ -22,6 +22,7 @@ from nextscale.system import System
 from nextscale.training.average import Average
 from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.fit import adamw, autocast, descend, scaler
+from nextscale.training.log import Shown
 
 # As in the reference: tables and scales are added or multiplied, so decay would only pull them to zero.
 NO_DECAY = ("positions", "offset", "log_scale")
@@ -127,11 +128,20 @@ class GeneratorTask:
     def score(self, metrics: Mapping[str, float]) -> float | None:
         return self.objective.score(metrics)
 
-    def pictures(self, module: nn.Module) -> dict[str, Tensor]:
-        """Samples of the first labels in turn, with the same seeds each time."""
+    def pictures(self, module: nn.Module) -> dict[str, Shown]:
+        """Samples of the first labels in turn, a column each, with the same seeds each time."""
         told = shown(self.system, self.data, self.count)
         samples = self.system.output.pictures(sample(self.system, told, seed=0))
-        return {} if samples is None else {"samples": samples}
+        said = told[next(iter(told))]
+        labels = [self._words(value) for value in said]
+        columns = len(dict.fromkeys(labels)) if len(set(labels)) > 1 else 8
+        return {} if samples is None else {"samples": Shown(samples, columns, labels)}
+
+    def _words(self, value: Any) -> str:
+        """What a picture is called that was told a value."""
+        if isinstance(value, int) and value < len(self.system.classes):
+            return self.system.classes[value]
+        return "" if value is None or isinstance(value, Tensor) else str(value)
 
     def averaged(self, average: Average | None, step: int) -> None:
         """Nothing is left to copy."""

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `metrics.jsonl`, TensorBoard, pictures, a progress bar. The names are the same in all."""
+"""What a run says and leaves to look at: `metrics.jsonl`, TensorBoard, pictures, progress. The names are the same in all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -32,33 +34,58 @@ class RunLog:
 
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
-        path = out / "metrics.jsonl"
-        if path.exists():  # what a stopped run logged after its last checkpoint will be logged again
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        self._lines = path.open("a", encoding="utf-8")
+        self._path = out / "metrics.jsonl"
+        if self._path.exists():  # what a stopped run logged after its last checkpoint will be logged again
+            self._forget(first)
+        self._lines = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(wandb, out, description) if wandb else None
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
-    def progress(self) -> Any:
-        """The bar; it begins at the step that the run goes on with."""
-        return tqdm(
-            total=self.steps,
-            initial=self.first,
-            desc=self.description,
-            unit="step",
-            dynamic_ncols=True,
-            disable=self.silent,
-        )
+    def _forget(self, first: int) -> None:
+        """Drop the lines after a step, and those that are none; of these, but for one that a kill cut off, a copy stays."""
+        content = self._path.read_bytes()
+        steps = [_step_of(line) for line in content.splitlines()]
+        if any(step is None for step in steps[:-1]):
+            with atomic_write(copy_name(self._path)) as copy:
+                copy.write_bytes(content)
+            warnings.warn(
+                f"{self._path} has lines that are no metrics; they are in {copy_name(self._path)}", stacklevel=4
+            )
+        kept = [
+            line for line, step in zip(content.splitlines(), steps, strict=True) if step is not None and step <= first
+        ]
+        with atomic_write(self._path) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+
+    def _write(self, step: int, **values: Any) -> None:
+        """A line of metrics.jsonl; a file that somebody took away is made again."""
+        if not self._path.exists():
+            self._lines.close()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = self._path.open("a", encoding="utf-8")
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+        self._lines.flush()
+
+    def facts(self, **facts: Any) -> None:
+        """A line of what is known before the first step."""
+        if not self.silent and not self.first:
+            self._write(0, **facts)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if not self.silent:
+            tqdm.write(text, file=sys.stderr)
+
+    def progress(self) -> Progress:
+        """How far the run is; it begins at the step that the run goes on with."""
+        return Progress(self.steps, self.first, self.description, self.silent)
 
     def scalars(self, step: int, metrics: Mapping[str, Tensor | float], split: str) -> None:
         """One line of metrics.jsonl, the same values to TensorBoard; names are `split/metric`."""
         if self.silent:
             return
         values = {f"{split}/{name}": float(value) for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
-        self._lines.flush()
+        self._write(step, **values)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -69,20 +96,21 @@ class RunLog:
         if self.silent:
             return
         for sentence in sentences:
-            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 1), "alarm": sentence}) + "\n")
+            self._write(step, alarm=sentence)
             what = sentence.partition(":")[0]  # numbers change from line to line
             if what not in self._sounding:
                 tqdm.write(f"step {step}: {sentence}", file=sys.stderr)
                 self._board.add_text("alarm", sentence, step)
-        self._lines.flush()
         self._sounding = {sentence.partition(":")[0] for sentence in sentences}
 
-    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+    def pictures(self, step: int, pictures: dict[str, Shown]) -> None:
         """`pictures/<name>-<step>.png`, and the same in TensorBoard."""
         if self.silent:
             return
-        for name, images in pictures.items():
-            path = save_images(images, self.out / "pictures" / f"{name}-{step:06d}.png", columns=16)
+        for name, shown in pictures.items():
+            images, file = shown.images, self.out / "pictures" / f"{name}-{step:06d}.png"
+            title = f"{name} after {step} of {self.steps} steps"
+            path = save_images(images, file, columns=shown.columns, labels=shown.labels, title=title)
             if self._wandb is not None:
                 import wandb
 
@@ -110,8 +138,88 @@ def _start_wandb(project: str, out: Path, description: str) -> Any:
     return run
 
 
-def _step_of(line: str) -> float:
+class Shown(NamedTuple):
+    """Images to look at, [N, C, H, W], so many in a row, with a text below each."""
+
+    images: Tensor
+    columns: int
+    labels: list[str] | None = None
+
+
+class Progress:
+    """A bar where somebody looks; without a terminal a plain line now and then, which a file of a log can keep."""
+
+    EVERY = 10.0  # seconds between plain lines
+
+    def __init__(self, steps: int, first: int, description: str, silent: bool) -> None:
+        self.steps, self.step, self.description, self.silent = steps, first, description, silent
+        self.first, self.started = first, time.perf_counter()
+        self.said, self.loss = self.started, ""
+        on_terminal = sys.stderr.isatty()
+        self.plain = not silent and not on_terminal
+        self.bar = tqdm(
+            total=steps,
+            initial=first,
+            desc=description,
+            unit="step",
+            dynamic_ncols=True,
+            disable=silent or not on_terminal,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self) -> None:
+        """One step more."""
+        self.step += 1
+        self.bar.update()
+        now = time.perf_counter()
+        if self.plain and (now - self.said >= self.EVERY or self.step == self.steps):
+            self.said = now
+            left = (now - self.started) / max(1, self.step - self.first) * (self.steps - self.step)
+            print(
+                f"{self.description}: step {self.step}/{self.steps}{self.loss}, {_span(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _print(self, what: str) -> None:
+        print(f"{self.description}: step {self.step}/{self.steps}{what}", file=sys.stderr, flush=True)
+
+    def show_loss(self, loss: float) -> None:
+        """What stands beside the step from now on."""
+        self.loss = f", loss {loss:.4f}"
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say what is done instead of a step for as long as the block lasts."""
+        self.bar.set_description(f"{self.description}: {what}")
+        if self.plain:
+            self._print(f", {what}")
+        try:
+            yield
+        finally:
+            self.bar.set_description(self.description)
+
+
+def _span(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def copy_name(path: Path) -> Path:
+    """Where lines that are no metrics stay."""
+    return path.with_suffix(".damaged.jsonl")
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step of a line of metrics; None of a line that is none: one that a kill cut off, or somebody edited."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # the line that a kill cut off
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int | float) and not isinstance(step, bool) else None

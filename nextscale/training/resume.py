@@ -17,7 +17,7 @@ from nextscale.checkpoint import explain_mismatch
 from nextscale.contracts import Objective
 from nextscale.encoded import hash_weights
 from nextscale.processes import Team
-from nextscale.settings import Settings
+from nextscale.settings import Settings, brief
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 
@@ -178,17 +178,28 @@ def refuse_others(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
             f"({', '.join(name.removeprefix('frozen.') for name in names)}) are made of those from which training starts; go "
             "on with a system of the same weights (load it again: training changed this one), or give another --out"
         )
+    if names == ["data"] or set(names) == {"data", "images"}:
+        counts = before.get("images"), now.get("images")
+        others = f"images was {counts[0]}, now {counts[1]}"
+        same = "as many images, but their content, labels or captions differ"
+        raise ValueError(
+            f"{folder} holds a run that began with other data: {same if counts[0] == counts[1] else others}; go on "
+            "with the same data, or give another --out"
+        )
     if names:
+        longer = f"; to train longer: --init-from {folder} and another --out" if "steps" in names else ""
         raise ValueError(
             f"{folder} holds a run with other settings: "
-            + ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
-            + "; use the same settings to go on with it, or another --out"
+            + ", ".join(f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in names)
+            + f"{longer}; use the same settings to go on with it, or another --out"
         )
 
 
 def _as_known(now: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings as the version that began the run recorded them. Earlier ones knew the settings of some objectives alone, and
     nothing of frozen networks: what they did not record passes for the same."""
+    if "data" not in before:
+        now = {name: value for name, value in now.items() if name != "data"}
     objective = before.get("objective")
     if "objective" not in now or (objective is not None and set(objective) == {"kind", "settings"}):
         return now

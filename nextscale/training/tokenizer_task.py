@@ -38,6 +38,7 @@ from nextscale.tokens import Tokens, joined_rows
 from nextscale.training.average import Average
 from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.fit import adamw, autocast, descend, scaler
+from nextscale.training.log import Shown
 
 Metrics = dict[str, Tensor | float]
 
@@ -336,7 +337,8 @@ class TokenizerTask:
         """The output's first measure of whole reconstructions, PSNR of images."""
         return next(iter(metrics.values()))
 
-    def pictures(self, module: Any) -> dict[str, Tensor]:
+    def pictures(self, module: Any) -> dict[str, Shown]:
+        """A row for each of some held-out images: itself, and its reconstruction after each scale."""
         if self.val is None:
             return {}
         count = min(16, len(self.val))  # type: ignore[arg-type]
@@ -345,8 +347,9 @@ class TokenizerTask:
         tokenizer: TrainableTokenizer = module["tokenizer"]
         f_hats = tokenizer.encode(content, self.schedule).f_hats
         decoded = [self.output.finish(self.output.fit(tokenizer.decode(f_hat), content)) for f_hat in f_hats]
-        shown = self.output.pictures(torch.cat([content, *decoded]))
-        return {} if shown is None else {"reconstruction": shown}
+        shown = self.output.pictures(torch.stack([content, *decoded], dim=1).flatten(0, 1))
+        labels = ["original", *(f"{h}x{w}" for h, w in self.schedule.sizes)]
+        return {} if shown is None else {"reconstruction": Shown(shown, len(labels), labels * count)}
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.modules import as_module, usual_defaults
+from nextscale.output import Images
 from nextscale.processes import Team
 from nextscale.system import System, refuse_mps
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
+from nextscale.training.export import forget_start, keep_start
 from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.fit import fit
 from nextscale.training.generator_task import GeneratorTask, trained_parts
+from nextscale.training.lock import alone_in
 from nextscale.training.resume import recorded_objective, recorded_weights
 from nextscale.training.tokenizer_task import TokenizerTask
 
@@ -40,6 +44,7 @@ def train_tokenizer(
     val: Dataset | None = None,
     loss: TokenizerLoss = TokenizerLoss(),
     augmentation: AugmentSettings | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> System:
     """Train the tokenizer of a system on images, or on what else its output is; goes on where a run in `out` stopped.
 
@@ -48,12 +53,13 @@ def train_tokenizer(
             `augmentation` (and `augmentation.crop` times larger). Of other outputs: with their `field`.
         val: items with `image` of the system's size, which are judged every `validate_every` steps; None or empty: none.
         out: folder of the run; `out/system` holds the result, which `ns.load` reads.
+        about: what the run's first line says of the data, and run.json keeps; default: their number.
 
     Returns the system, with the averaged weights.
     """
-    team, config = _join(config)
     if config.shard or config.recompute:
         raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
+    team, config = _join(config)
     out = Path(out)
     _refuse_half(system.tokenizer)
     _check_size(system, data, augmentation)
@@ -62,6 +68,10 @@ def train_tokenizer(
     def first_content(count: int = 512) -> Tensor:
         chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()  # type: ignore[arg-type]
         batch = collate([data[i] for i in chosen])
+        if bad := [i for i, one in zip(chosen, batch[system.output.field], strict=True) if not one.isfinite().all()]:
+            raise ValueError(
+                f"the {system.output.field} of item {bad[0]} holds numbers that are not finite; take it out, or mend it"
+            )
         draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
         return (transform(batch, draws) if transform else batch)[system.output.field]
 
@@ -72,9 +82,11 @@ def train_tokenizer(
         tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
     )
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
-    fit(task, data, config, out, "tokenizer", settings, transform, team)
-    if team.leads:
-        save(system, out / "system")
+    with _folder(out, system, team):
+        fit(task, data, config, out, "tokenizer", settings, transform, team, about or _about(system, data, val))
+        if team.leads:
+            save(system, out / "system")
+            forget_start(out)
     team.wait()  # all return when the files are there
     return system.eval()
 
@@ -93,12 +105,13 @@ def train_model(
     lora: int = 0,
     cache: str | os.PathLike[str] | None = None,
     objective: Objective | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> System:
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
 
     Args:
-        data, val, out, augmentation: as for `train_tokenizer`; items also have what the system's readers want: `label`, a
-            class number, or `caption`, or a tensor; or `labels` or `captions`, several that fit the image, of which training
+        data, val, out, augmentation, about: as for `train_tokenizer`; items also have what the system's readers want: `label`,
+            a class number, or `caption`, or a tensor; or `labels` or `captions`, several that fit the image, of which training
             picks one at random. None for an objective that wants nothing.
         views: augmented versions of each image that are encoded, once, before training.
         lora: rank of adapters (LoRA), which are trained instead of the weights, together with what the model is told; they are
@@ -146,6 +159,40 @@ def train_model(
         items.check(system)
         if val is not None:
             held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
+    held = None if val is None else len(val)  # type: ignore[arg-type]
+    with _folder(out, system, team):
+        _train_model(
+            system,
+            items,
+            held_out,
+            config,
+            out,
+            loss,
+            augmentation,
+            lora,
+            objective,
+            team,
+            about or _about(system, items, held),
+        )
+    team.wait()  # all return when the files are there
+    return system.eval()
+
+
+def _train_model(
+    system: System,
+    items: Any,
+    held_out: Any,
+    config: TrainConfig,
+    out: Path,
+    loss: GeneratorLoss,
+    augmentation: AugmentSettings | None,
+    lora: int,
+    objective: Objective,
+    team: Team,
+    about: Mapping[str, Any],
+) -> None:
+    """Train on what was encoded, and write the result."""
+    kind = objective.wants
     if lora:
         add_lora(as_module(system.need_model()), lora)
     sharded = config.shard and team.size > 1
@@ -155,7 +202,7 @@ def train_model(
     task = GeneratorTask(system, config, loss, shown, held_out, team=team, objective=objective)
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
     settings |= {"objective": recorded_objective(objective), "frozen": recorded_weights(task.run.frozen)}
-    fit(task, items, config, out, "generator", settings, team=team)
+    fit(task, items, config, out, "generator", settings, team=team, about=about)
     if sharded:
         from nextscale.sharded import whole
 
@@ -166,8 +213,26 @@ def train_model(
         merge_lora(as_module(system.need_model()))
     if team.leads:
         save(system, out / "system")
-    team.wait()  # all return when the files are there
-    return system.eval()
+        forget_start(out)
+
+
+@contextmanager
+def _folder(out: Path, system: System, team: Team) -> Iterator[None]:
+    """The folder of a run, for this training alone; with what a system needs beside a checkpoint."""
+    with alone_in(out) if team.leads else nullcontext():
+        if team.leads and not (out / "system" / "config.json").exists():
+            keep_start(system, out)
+        yield
+
+
+def _about(system: System, data: Any, val: Any) -> dict[str, Any]:
+    """What a run's first line says of its data."""
+    held = val if isinstance(val, int) or val is None else len(val)
+    found: dict[str, Any] = {"classes": len(system.classes)} if system.classes else {}
+    found |= {"held_out": held} if held is not None else {}
+    if isinstance(system.output, Images):
+        found["size"] = "{}x{} px".format(*system.image_size)
+    return found
 
 
 def _without_weights(models: list[nn.Module]) -> list[nn.Module]:
