@@ -435,7 +435,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         said = r"no space left .* the checkpoint of step 1 in .* is whole: free some space"
-        with pytest.raises(OSError, match=said), kept.disk_full_explained():
+        with pytest.raises(OSError, match=said), kept.explained():
             kept.save({"x": torch.zeros(1_000_000)}, 2)
         with pytest.raises(OSError, match=r"no space left to write .*x\.safetensors; free some space"):
             save_weights(torch.nn.Linear(1000, 1000), tmp_path.parent / "x.safetensors")
