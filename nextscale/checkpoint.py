@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nextscale.files import atomic_write, check_readable, digest, read_json
 from nextscale.modules import as_module, inner_state, usual_defaults, without_wrapper
-from nextscale.settings import Settings, cut, faults
-from nextscale.system import System, find_method, find_recipe, refuse_mps
+from nextscale.settings import Settings, brief, cut, faults
+from nextscale.system import System, check_system, find_method, find_recipe, refuse_mps
 
 # Kinds of numbers that weights may have in a file.
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -58,6 +58,7 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
 
     Raises ValueError for a changed system that got another tokenizer or model since: those before the changes are not its own.
     """
+    check_system(system)
     folder = Path(folder)
     saved = saved_parts(system.base)
     _check_changed(system, saved)
@@ -271,6 +272,8 @@ def explain_mismatch(
 
 def find_folder(name: str | os.PathLike[str]) -> Path:
     """The folder of a system by name; one of the hub is fetched."""
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
     systems = shipped()
     if str(name) in systems:
         return systems[str(name)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -12,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.settings import as_int, brief
 from nextscale.tokens import T, split
+
+MOST_TOKENS = 2**22  # of all scales together
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         try:  # whole numbers of any kind, and nothing that would have to be rounded
-            sizes = tuple(tuple(operator.index(side) for side in size) for size in self.sizes)
+            sizes = tuple(tuple(as_int(side) for side in size) for size in self.sizes)
         except TypeError:
             sizes = ()
         if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError(
-                f"a schedule needs at least one (height, width) pair of positive whole numbers, got {self.sizes}"
+                f"a schedule needs at least one (height, width) pair of positive whole numbers, got {brief(self.sizes)}"
             )
+        if (length := sum(h * w for h, w in sizes)) > MOST_TOKENS:
+            raise ValueError(f"a schedule may have {MOST_TOKENS:,} tokens, got one of {length:,}; take smaller scales")
         object.__setattr__(self, "sizes", sizes)
 
     @classmethod

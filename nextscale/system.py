@@ -278,7 +278,7 @@ def encode(system: System, images: Any, schedule: Schedule | None = None) -> lis
     wanted = system.output.shape(system.schedule, system.tokenizer.stride)
     if isinstance(system.output, Images):
         images = as_images(images, wanted[0])
-        warn_of_range(images, stacklevel=4)
+        warn_of_range(images, stacklevel=5)  # past the two decorators
     elif not images.isfinite().all():
         raise ValueError(f"this system encodes {system.output.field}s of finite numbers, got NaN or inf")
     if images.ndim != 1 + len(wanted) or (schedule is None and tuple(images.shape[1:]) != wanted):

@@ -122,6 +122,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     check_grid(change.out, len(rows) + 3 * len(labels), system.image_size, 3 + count)
     source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
     if isinstance(where, Path):
+        _check_shape(where, change.image)
         marked = generated_tokens(system, 1, white(read_image_file(where, system.image_size, channels=4)))
     else:
         marked = generated_tokens(system, 1, box=box_in_crop(where, change.image, system.image_size), inside=inside)
@@ -161,6 +162,17 @@ def box_in_crop(box: Sequence[float], image: Path, size: tuple[int, int]) -> tup
             f"{used[0] * height:.0f}x{used[1] * width:.0f}"
         )
     return y0, x0, y1, x1
+
+
+def _check_shape(mask: Path, image: Path) -> None:
+    """Refuse a mask of another shape than its image: nobody knows where in the image its marks are."""
+    from nextscale.data.images import picture_size
+
+    (h, w), (height, width) = picture_size(mask), picture_size(image)
+    if abs(w * height - h * width) > max(h, w, height, width):  # but for rounded sides
+        raise ValueError(
+            f"--mask {mask} is of {h}x{w} pixels and {image} of {height}x{width}, two shapes; draw the mask on the image"
+        )
 
 
 def _marked(box: str, mask: Path | None) -> tuple[float, ...] | Path:

@@ -227,7 +227,7 @@ def _labels(system: System, reader: Any, word: str) -> list[Label]:
         (parts,) = csv.reader([word], skipinitialspace=True, strict=True)
     except (csv.Error, ValueError):
         raise ValueError(
-            f"--labels: the quotes in {brief(word)} do not close; write 'one,\"two, with a comma\"'"
+            f"--labels: expected a list like 'one,\"two, with a comma\"', got {brief(word)}, whose quotes do not close"
         ) from None
     return [_label(system, part.strip()) for part in parts if part.strip()]
 

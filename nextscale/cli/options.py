@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from pydantic import ValidationError
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
+from nextscale.settings import brief, faults
 
 if TYPE_CHECKING:
     from nextscale.data.source import DataSource
@@ -118,9 +119,10 @@ class Picking:
         own: Any = preset_of(system, preset) if preset else system.sampling
         given = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p", "temperature")}
         changes = {name: number for name, number in given.items() if number is not None}
-        settings = type(own).model_validate(own.model_dump() | changes | ({"smooth": True} if self.smooth else {}))
-        if not math.isfinite(settings.guidance):
-            raise ValueError(f"--guidance must be a finite number, got {settings.guidance}; 1 is off, 2 to 4 are usual")
+        try:
+            settings = type(own).model_validate(own.model_dump() | changes | ({"smooth": True} if self.smooth else {}))
+        except ValidationError as error:
+            raise ValueError(faults(error, "--")) from None
         options, words = settings.options(), settings.words()
         if self.greedy:
             return options | {"pick": ns.greedy}, f"{words.partition(', top-k')[0]}, greedy"
@@ -163,7 +165,7 @@ def check_device(device: str) -> None:
             torch.zeros(1, device=device)
             return
         reason = "it holds no numbers"
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = (str(error).splitlines() or ["not available"])[0].rstrip(".")
     raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda where there is one")
 
@@ -184,16 +186,27 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
     from nextscale.data.images import image_format, writes_singles
 
     outputs = [*paths, *([] if out is None else [out])]
-    places = [path.resolve() for path in outputs]
-    if len(set(places)) < len(places):
-        raise ValueError(f"two pictures would go to {outputs[0]}; give them different names")
+    places = [_place(path) for path in outputs]
+    folder = [_place(out)] if out is not None and writes_singles(out) else []
+    if len(set(places)) < len(places) or any(place.parent in folder for place in places):
+        raise ValueError(f"two pictures would go to {outputs[-1]}; give them different names")
     for path, place in zip(outputs, places, strict=True):
-        if place in [source.resolve() for source in inputs]:
+        if place in [_place(source) for source in inputs]:
             raise ValueError(f"{path} is read, and would be overwritten; give another --out")
         singles = path == out and writes_singles(path)
         if not singles:
             image_format(path)
         check_writable(path / "00000.png" if singles and not path.suffix else path)
+
+
+def _place(path: Path) -> Path:
+    """The path that a link leads to. Raises ValueError for a name that no file can have."""
+    try:
+        path.exists()  # a name that is too long is known only to those who ask for the file
+        return path.resolve()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"no file can have the name {brief(str(path))}: {reason}; give another") from None
 
 
 def check_writable(path: Path) -> None:

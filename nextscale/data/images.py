@@ -226,8 +226,8 @@ def save_images(
 def _save_singles(batch: Tensor, path: Path) -> Path:
     """Write bytes [B, C, H, W] as an array or into a folder."""
     if path.suffix:
-        with atomic_write(path) as temporary:
-            np.savez(temporary, arr_0=batch.permute(0, 2, 3, 1).cpu().numpy())
+        with atomic_write(path) as temporary, temporary.open("wb") as file:  # to a name numpy may add an ending
+            np.savez(file, arr_0=batch.permute(0, 2, 3, 1).cpu().numpy())
         return path
     check_folder(path, len(batch))
     for name, picture in zip(_names(len(batch)), _pictures(batch), strict=True):
@@ -259,12 +259,18 @@ def check_folder(path: PathLike, count: int) -> None:
 
 def writes_singles(path: PathLike) -> bool:
     """Whether images are written one by one, as they are: into a folder, whose name has no extension, or an array (.npz)."""
-    return Path(path).suffix.lower() in ("", ".npz")
+    return _ending(path) in ("", ".npz")
+
+
+def _ending(path: PathLike) -> str:
+    """The extension of a file, in small letters; of ".png", too."""
+    name = Path(path).name
+    return (Path(path).suffix or (name if name.startswith(".") else "")).lower()
 
 
 def image_format(path: PathLike) -> str:
     """Pillow's name of the format that an extension stands for. Raises ValueError if it writes none of that kind."""
-    known, suffix = writable_extensions(), Path(path).suffix.lower()
+    known, suffix = writable_extensions(), _ending(path)
     if suffix not in known or not _writes(known[suffix]):
         raise ValueError(
             f"cannot write {path}: unknown image extension {brief(suffix)}; expected .png, .jpg, .webp or another that Pillow "
@@ -329,7 +335,7 @@ def _drawable(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _letter(letter: str) -> str:
     font = _own_font(TILE)
-    if letter.isascii() or letter.isspace() or font.getmask(letter) != font.getmask("\U0010ffff"):
+    if letter.isascii() or letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff")):
         return letter
     return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
 

@@ -56,6 +56,8 @@ def evaluate_tokenizer(
     output: Output = Images(),
 ) -> TokenizerReport:
     """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is."""
+    if not hasattr(tokenizer, "pyramid"):
+        raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}; a system's is system.tokenizer")
     pyramid = tokenizer.pyramid
     found: list[dict[str, list[Tensor]]] = [{} for _ in schedule.sizes]
     counts: list[Tensor] = []

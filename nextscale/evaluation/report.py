@@ -41,7 +41,8 @@ from nextscale.modules import as_module, usual_defaults
 from nextscale.output import at_size, psnr
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
-from nextscale.system import System
+from nextscale.settings import brief
+from nextscale.system import System, check_system
 
 BATCH = 64
 SHOWN_SAMPLES = 96
@@ -94,6 +95,13 @@ def evaluate(
 
 
 def _check(system: System, data: Any, samples: int) -> None:
+    check_system(system)
+    for name in ("train", "val", "classes"):
+        if not hasattr(data, name):
+            raise ValueError(
+                f"data: expected images for training and validation, got {brief(data)}; read them with ns.openmoji(size), or "
+                "ns.image_folder(path, size, validation=0.1)"
+            )
     if system.output.field != "image":
         raise ValueError(f"the report compares images, and this system makes {system.output.field}s")
     if samples < 2:
@@ -101,9 +109,9 @@ def _check(system: System, data: Any, samples: int) -> None:
     for name in ("train", "val"):
         if not len(getattr(data, name)):
             raise ValueError(f"data.{name} has no images; read the data with validation=0.1, which holds out a tenth")
-        size = tuple(getattr(data, name)[0]["image"].shape[-2:])
-        if size != system.image_size:
-            raise ValueError(f"this system makes images of {system.image_size}, got data.{name} of {size}; read it so")
+        got, wanted = tuple(getattr(data, name)[0]["image"].shape), (system.tokenizer.channels, *system.image_size)
+        if got != wanted:
+            raise ValueError(f"this system makes images of {list(wanted)}, got data.{name} of {list(got)}; read it so")
     if system.model is not None and system.classes and tuple(data.classes) != system.classes:
         raise ValueError(
             f"the classes of the data are not the system's: expected {len(system.classes)} "

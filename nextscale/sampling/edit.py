@@ -213,7 +213,9 @@ def check_box(box: Box) -> tuple[float, float, float, float]:
             return y0, x0, y1, x1
     except (TypeError, ValueError):
         pass
-    numbers = box.tolist() if hasattr(box, "tolist") else box
+    numbers: Any = box.tolist() if hasattr(box, "tolist") else box
+    if isinstance(numbers, list | tuple) and all(isinstance(edge, float | int) for edge in numbers[:9]):
+        numbers = tuple(int(edge) if edge == edge // 1 else edge for edge in numbers[:9])
     raise ValueError(
         "a box is (y0, x0, y1, x1) in fractions of the image with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1, got "
         f"{brief(numbers)}; (0, 0, 0.5, 1) is the upper half"

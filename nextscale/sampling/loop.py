@@ -181,6 +181,8 @@ def start(
 def step(system: System, state: State) -> State:
     """The state after one more step (scale); the given one stays as it is and can be stepped again."""
     stepper = stepper_of(system)
+    if not isinstance(state, State):
+        raise TypeError(f"expected a state, got {brief(state)}; ns.start(system, labels) gives the first")
     if stepper.done(system, state):
         raise ValueError("this state has taken all of its steps; `ns.finish(system, state)` makes the images")
     with plain_tensors():
