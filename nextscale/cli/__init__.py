@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that SIGPIPE ends
     except KeyboardInterrupt as stop:
-        print(stop or "interrupted", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0"):

@@ -122,8 +122,9 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     check_grid(change.out, len(rows) + 3 * len(labels), system.image_size, 3 + count)
     source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
     if isinstance(where, Path):
+        pixels = read_image_file(where, system.image_size, channels=4)
         _check_shape(where, change.image)
-        marked = generated_tokens(system, 1, white(read_image_file(where, system.image_size, channels=4)))
+        marked = generated_tokens(system, 1, white(pixels))
     else:
         marked = generated_tokens(system, 1, box=box_in_crop(where, change.image, system.image_size), inside=inside)
     if not marked.any():
