@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.files import atomic_write, check_readable, digest, read_json
+from nextscale.files import as_path, atomic_write, check_readable, digest, read_json
 from nextscale.modules import as_module, inner_state, usual_defaults, without_wrapper
 from nextscale.settings import Settings, brief, cut, faults
 from nextscale.system import System, check_system, find_method, find_recipe, refuse_mps
@@ -59,7 +59,9 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     Raises ValueError for a changed system that got another tokenizer or model since: those before the changes are not its own.
     """
     check_system(system)
-    folder = Path(folder)
+    folder = as_path(folder, "a folder to write")
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype: expected torch.float16, bfloat16 or float32, got {brief(dtype)}")
     saved = saved_parts(system.base)
     _check_changed(system, saved)
     digests = {}
@@ -273,7 +275,7 @@ def explain_mismatch(
 def find_folder(name: str | os.PathLike[str]) -> Path:
     """The folder of a system by name; one of the hub is fetched."""
     if not isinstance(name, str | os.PathLike):
-        raise TypeError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
+        raise ValueError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
     systems = shipped()
     if str(name) in systems:
         return systems[str(name)]

@@ -148,6 +148,13 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def as_path(path: Any, expected: str) -> Path:
+    """A path of a user's, or ValueError for what is none; `expected` says what it is of."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"expected the path of {expected}, got {brief(path)}")
+    return Path(path)
+
+
 def brief_path(path: str | os.PathLike[str]) -> str:
     """A path as a message shows it: on one line, and of a long one the end."""
     text = os.fspath(path)

@@ -402,7 +402,11 @@ def recipe_names() -> dict[str, str]:
 
 def refuse_mps(device: str | torch.device) -> None:
     """Refuse `mps`: PyTorch cannot average there to sizes that do not divide, as pyramids do."""
-    if torch.device(device).type == "mps":
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected cpu, cuda or cuda:1, got {brief(device)}") from None
+    if kind == "mps":
         raise ValueError(
             "the device mps is not supported: PyTorch lacks area pooling there to sizes that do not divide, which the pyramids "
             "need; use cpu or cuda"

@@ -17,10 +17,10 @@ from torch import Tensor
 from nextscale.data.captions import TABLES, captions_of
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, examine_image, height_width, read_image_file, readable_extensions
+from nextscale.data.images import Size, check_share, examine_image, height_width, read_image_file, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
-from nextscale.files import brief_path
+from nextscale.files import as_path, brief_path
 from nextscale.pixels import to_float
 
 
@@ -120,10 +120,9 @@ def image_folder(
     that copies of a file are never on both sides.
     Raises FileNotFoundError if there is no such folder, ValueError if it has no readable image.
     """
-    root = Path(path)
+    root = as_path(path, "a folder of images")
     height_width(size)
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation: expected a share in [0, 1), got {validation!r}; 0.1 holds out a tenth")
+    check_share(validation)
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root} (relative paths start from {Path.cwd()})")
     if not root.is_dir():

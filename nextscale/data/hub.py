@@ -11,10 +11,11 @@ from typing import Any
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, decode_image, examine_image
+from nextscale.data.images import Size, check_share, decode_image, examine_image
 from nextscale.data.left_out import LeftOut
 from nextscale.data.shards import numbered
 from nextscale.pixels import to_float
+from nextscale.settings import brief
 
 
 class HubDataset(ImageDataset):
@@ -113,6 +114,9 @@ def hub_images(
     A label is a class number, or a word. Raises ValueError for missing columns and for rows without a label (-1, as test
     splits of the hub have it), ModuleNotFoundError where a path needs the package `datasets`.
     """
+    check_share(validation)
+    if not isinstance(source, str | os.PathLike | dict) and not hasattr(source, "features"):
+        raise ValueError(f"expected a dataset of the package datasets, or the path of a folder, got {brief(source)}")
     if isinstance(source, str | os.PathLike):
         try:
             from datasets import load_from_disk

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from nextscale.files import atomic_write
+from nextscale.files import as_path, atomic_write, brief_path
 from nextscale.pixels import MODES, as_bytes, in_mode, on_white, opened, rgb_on_white, to_float, to_uint8
-from nextscale.settings import as_int, brief, cut, whole_number
+from nextscale.settings import as_int, brief, whole_number
 
 Size = int | tuple[int, int]
 PathLike = str | os.PathLike[str]
@@ -43,6 +43,12 @@ def height_width(size: Size) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def check_share(validation: Any) -> None:
+    """Raise ValueError for what is no share of images to hold out."""
+    if not isinstance(validation, float | int) or isinstance(validation, bool) or not 0 <= validation < 1:
+        raise ValueError(f"validation: expected a share in [0, 1), got {brief(validation)}; 0.1 holds out a tenth")
+
+
 def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: bool = False) -> Tensor:
     """One image file as uint8 [C, h, w]: turned upright (EXIF), short side resized (Lanczos), centre-cropped.
 
@@ -52,11 +58,8 @@ def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: boo
     limit.
     """
     height_width(size)
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(
-            f"expected the path of an image file, got {brief(path)}; images that are read already need no reading"
-        )
-    path, shown = Path(path), cut(str(path), 200)
+    path = as_path(path, "an image file")
+    shown = brief_path(path)
     try:
         absent = not path.exists()
     except (OSError, ValueError):  # a name that no file can have
@@ -199,9 +202,7 @@ def save_images(
     with other files in it, and for texts and looks where images are written as they are; PermissionError for a folder that
     cannot be written.
     """
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError(f"expected the path of a file to write, got {brief(path)}; grid.png is one")
-    path, batch = Path(path), as_bytes(images)
+    path, batch = as_path(path, "a file to write"), as_bytes(images)
     looks = {"columns": columns, "labels": labels, "title": title or None, "scale": scale, "border": border}
     if writes_singles(path):
         if given := [name for name, value in looks.items() if value is not None]:

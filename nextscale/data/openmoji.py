@@ -28,8 +28,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.data.attribution import ATTRIBUTION as ATTRIBUTION
+from nextscale.data.images import check_share
 from nextscale.files import atomic_write, cache_dir
 from nextscale.pixels import to_float
+from nextscale.settings import whole_number
 
 # Groups whose drawings stay what they are in a mirror; flags, signs, logos and letters do not.
 MIRROR_SAFE_GROUPS = frozenset(
@@ -150,10 +152,8 @@ def openmoji(
     drawings held out, in [0, 1); which ones depends on the table alone; a smaller share is a subset of a larger one.
     Raises ValueError for a bad size or share, ModuleNotFoundError if the extra `data` is not installed.
     """
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 2048:
-        raise ValueError(f"size: expected an integer of 1 to 2048 pixels, got {size!r}")
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation: expected a share in [0, 1), got {validation!r}; 0.1 holds out every tenth base")
+    size = whole_number("size", size, 1, 2048, " pixels")
+    check_share(validation)
     rows = table()
     classes = class_names(rows)
     images = _cached_images(size, rows, Path(cache) if cache is not None else cache_dir(), progress)

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
 from nextscale.data.folder import hidden
-from nextscale.data.images import Size, decode_image, examine_image, readable_extensions
+from nextscale.data.images import Size, check_share, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
-from nextscale.files import brief_path, parse_json
+from nextscale.files import as_path, brief_path, parse_json
 from nextscale.pixels import to_float
 from nextscale.settings import brief
 
@@ -134,8 +134,7 @@ def web_shards(
     ValueError for one that is damaged or has no image, and for labels of two kinds.
     """
     paths = expand(pattern)
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation: expected a share in [0, 1), got {validation!r}; 0.1 holds out a tenth")
+    check_share(validation)
     left_out = LeftOut()
     samples = [
         sample
@@ -212,7 +211,8 @@ def _file(paths: list[Path], place: Place) -> tuple[io.BytesIO, str]:
 
 def expand(pattern: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Paths of shards: braces with a range of numbers, then wildcards. All must exist."""
-    given = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
+    listed = isinstance(pattern, Iterable) and not isinstance(pattern, str | bytes | os.PathLike)
+    given = [as_path(one, "a shard") for one in (pattern if listed else [pattern])]  # type: ignore[union-attr]
     paths: list[Path] = []
     texts = list(
         itertools.islice(itertools.chain.from_iterable(_braces(os.fspath(one)) for one in given), MOST_SHARDS + 1)

@@ -60,6 +60,8 @@ def open_images(
     `channels`, `whole` as for `image_folder`. Where the source has no validation set of its own, a tenth is held out.
     Raises ValueError, FileNotFoundError and ModuleNotFoundError as the readers do.
     """
+    if not isinstance(source, DataSource):
+        raise ValueError(f"expected a source of images, ns.DataSource('my-images') for example, got {brief(source)}")
     images = _open(source, source.data, larger or size, channels, whole, 0.0 if source.val else HELD_OUT)
     val = images.val
     if source.val == DRAWINGS:

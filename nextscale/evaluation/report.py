@@ -36,16 +36,17 @@ from nextscale.evaluation.likelihood import (
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.features import Lite0
-from nextscale.files import atomic_write
+from nextscale.files import as_path, atomic_write
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import at_size, psnr
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
-from nextscale.settings import brief
+from nextscale.settings import brief, whole_number
 from nextscale.system import System, check_system
 
 BATCH = 64
 SHOWN_SAMPLES = 96
+MOST_SAMPLES = 1_000_000
 SHOWN_PAIRS = 24  # half of them the closest, half of them typical
 TRAINING_QUERIES = 4096  # training images, evenly spaced, whose own neighbours are sought
 
@@ -75,7 +76,7 @@ def evaluate(
     Returns what `report.json` holds. Raises ValueError if the data do not fit the system.
     """
     _check(system, data, samples)
-    out = Path(out)
+    out = as_path(out, "a folder to write")
     started = time.perf_counter()
     report: dict[str, Any] = {"about": _about(system, data, samples, seed)}
     report["tokenizer"] = _tokenizer(system, data)
@@ -104,8 +105,8 @@ def _check(system: System, data: Any, samples: int) -> None:
             )
     if system.output.field != "image":
         raise ValueError(f"the report compares images, and this system makes {system.output.field}s")
-    if samples < 2:
-        raise ValueError(f"samples: expected at least 2, since they are compared with each other, got {samples}")
+    hint = "; they are compared with each other, so expected at least 2"
+    whole_number("samples", samples, 2, MOST_SAMPLES, hint)
     for name in ("train", "val"):
         if not len(getattr(data, name)):
             raise ValueError(f"data.{name} has no images; read the data with validation=0.1, which holds out a tenth")

@@ -75,6 +75,8 @@ class TextEncoder(nn.Module):
             raise ValueError(
                 f"this system is told texts (or None: nothing), got {brief(wrong[0])}; describe the image in words"
             )
+        if broken := [value for value in values if value and value != value.encode(errors="replace").decode()]:
+            raise ValueError(f"a text is of Unicode's letters, got {brief(broken[0])}; write it anew")
         if long := [value for value in values if value and len(value) > MOST_LETTERS]:
             raise ValueError(
                 f"a text may have {MOST_LETTERS:,} characters, got one of {len(long[0]):,}: {brief(long[0])}; shorten it"

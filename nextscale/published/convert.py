@@ -29,7 +29,7 @@ EXTRA = "official.safetensors"  # beside a converted system: what the official f
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedSource:
     """A published model: its name, the recipe that knows it, and what it is."""
 
     name: str
@@ -150,10 +150,10 @@ def _recipes() -> list[ModuleType]:
     return [recipe for recipe in recipes if hasattr(recipe, "OFFICIAL") and hasattr(recipe, "LAYOUT")]
 
 
-def _find(name: str) -> Source:
+def _find(name: str) -> PublishedSource:
     for recipe in _recipes():
         if name in recipe.OFFICIAL:
-            return Source(name, recipe, recipe.OFFICIAL[name])
+            return PublishedSource(name, recipe, recipe.OFFICIAL[name])
     raise ValueError(f"no published model {name!r}; there are {', '.join(published_names())}")
 
 
@@ -168,7 +168,7 @@ def _layout(recipe: str) -> Layout:
 # ---- from files to a system --------------------------------------------------------------------------------------------
 
 
-def _load_converted(source: Source, folder: Path, device: str) -> System:
+def _load_converted(source: PublishedSource, folder: Path, device: str) -> System:
     system = load(folder, device=device)
     expected, users = source.published.config(), {"classes", "sampling"}
     same = type(expected) is type(system.config)
@@ -180,7 +180,7 @@ def _load_converted(source: Source, folder: Path, device: str) -> System:
 
 
 def _read_system(
-    source: Source,
+    source: PublishedSource,
     folder: str | os.PathLike[str] | None,
     checkpoint: str | os.PathLike[str] | None,
     own_tokenizer: bool,
@@ -223,7 +223,7 @@ def _read_system(
 
 
 def _find_files(
-    source: Source,
+    source: PublishedSource,
     folder: str | os.PathLike[str] | None,
     checkpoint: str | os.PathLike[str] | None,
     own_tokenizer: bool,
@@ -294,7 +294,7 @@ def _state(content: Any, path: Path, layout: Layout, part: int) -> dict[str, Ten
     return state_dict(content, path)
 
 
-def _hint(source: Source, vae: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str:
+def _hint(source: PublishedSource, vae: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str:
     """What a file that does not fit may be instead."""
     if any(name.startswith("encoder.") for name in model) or "pos_start" in vae:
         return "\n(tokenizer and generator look swapped: was a file renamed?)"
@@ -335,7 +335,7 @@ def _read_kept(path: Path, layout: Layout) -> KeptEntries:
     return KeptEntries(entries, name)
 
 
-def _card(source: Source) -> str:
+def _card(source: PublishedSource) -> str:
     return f"""# {source.name}
 
 {source.published.card}
