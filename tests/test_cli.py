@@ -381,7 +381,7 @@ def test_every_command_that_loads_a_system_takes_methods(nextscale, system, tmp_
 def test_evaluate_judges_a_changed_system(nextscale, system, monkeypatch):
     judged = []
     monkeypatch.setattr("nextscale.evaluation.report.evaluate", lambda loaded, *_, **__: judged.append(loaded))
-    assert nextscale("evaluate", system, *FAST, "--out", "e").code == 0
+    assert nextscale("evaluate", system, *FAST, "--data", "openmoji", "--out", "e").code == 0
     assert [change.recipe for change in judged[0].changes] == ["fastvar"]
     assert judged[0].model.embed_input.weight.dtype == torch.float32
 
@@ -390,7 +390,7 @@ def test_evaluate_judges_a_changed_system(nextscale, system, monkeypatch):
 def test_evaluate_judges_in_half_precision_as_others_draw(nextscale, system, monkeypatch, dtype):
     judged = []
     monkeypatch.setattr("nextscale.evaluation.report.evaluate", lambda loaded, *_, **__: judged.append(loaded))
-    assert nextscale("evaluate", system, "--dtype", dtype, "--out", "e").code == 0
+    assert nextscale("evaluate", system, "--dtype", dtype, "--data", "openmoji", "--out", "e").code == 0
     model = judged[0].model
     assert (model.embed_input.weight.dtype, model.head.linear.weight.dtype) == (getattr(torch, dtype), torch.float32)
 
