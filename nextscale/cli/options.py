@@ -160,6 +160,7 @@ def check_device(device: str) -> None:
     from nextscale.system import refuse_mps
 
     try:
+        torch.device(device)  # says of an unknown name which there are
         refuse_mps(device)
         if torch.device(device).type != "meta":  # which computes nothing
             torch.zeros(1, device=device)
