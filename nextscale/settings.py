@@ -77,7 +77,12 @@ def faults(error: ValidationError, prefix: str = "", kind: type[BaseModel] | Non
     """
     said: list[str] = []
     musts: dict[str, list[str]] = {}  # of one value, which may be of several types
-    for fault in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for fault in found:
+        place = fault["loc"]
+        deeper = any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in found)
+        if deeper and fault["type"] == "too_short":  # since what is wrong was left out
+            continue
         name, words, got = _fault(fault, prefix, kind)
         if words.startswith("must be "):
             key = f"{name} must be {{}}, got {got}"
@@ -87,9 +92,14 @@ def faults(error: ValidationError, prefix: str = "", kind: type[BaseModel] | Non
             words = f"{name} {words}" + (f", got {got}" if got else "")
         if words not in said:
             said.append(words)
-    said = [words.replace("{}", " or ".join(musts[words]), 1) if words in musts else words for words in said]
+    said = [words.replace("{}", " or ".join(_closest(musts[words])), 1) if words in musts else words for words in said]
     more = f"; and {len(said) - MOST_FAULTS} more" if len(said) > MOST_FAULTS else ""
     return "; ".join(said[:MOST_FAULTS]) + more
+
+
+def _closest(musts: list[str]) -> list[str]:
+    """Of what a value of several types must be: the bound that it misses, if it is of one of them."""
+    return [must for must in musts if must.startswith(("at ", "more ", "less "))] or musts
 
 
 # What pydantic calls a fault, and what to say of it. `ctx` fills the braces.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import nextscale as ns
+from nextscale.cli.options import at_least_one
 from nextscale.cli.parse import parse_one_of
 
 Shape = Literal["d16", "emoji-64", "tiny"]
@@ -51,8 +52,7 @@ def train(
         threads: of torch; by default its own choice
         json_out: write one line of JSON here; - is standard output
     """
-    if batch < 1 or steps < 1 or rounds < 1:
-        raise ValueError(f"--batch, --steps and --rounds must be at least 1, got {batch}, {steps}, {rounds}")
+    at_least_one(batch=batch, steps=steps, rounds=rounds, threads=threads)
     if not REFERENCE.is_file():
         raise FileNotFoundError(
             f"{REFERENCE} is missing: the reference is no part of the installed package; run this in a checkout"

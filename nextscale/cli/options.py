@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from pydantic import ValidationError
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.settings import brief, faults
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SHIPPED = "emoji-64"
 SHIPPED_TEXT = "emoji-64-text"
 MOST_IMAGES = 4096  # in one grid
+MOST_NUMBER = 1_000_000  # of anything that is counted
 MOST_SINGLES = 100_000  # written one by one
 
 Flat = tyro.conf.arg(name="")  # the fields become flags without a prefix
@@ -107,26 +108,38 @@ class Picking:
     def check(self) -> None:
         """Refuse what no system can do."""
         check_seed(self.seed)
+        own_settings(SamplingDefaults(), self.given())
         own = (self.top_k, self.top_p, self.temperature)
         if self.greedy and (self.smooth or any(value is not None for value in own)):
             raise ValueError(
                 "--greedy goes without --smooth, --top-k, --top-p and --temperature: it always takes the most likely token"
             )
 
+    def given(self) -> dict[str, Any]:
+        """The numbers that the user named."""
+        numbers = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p", "temperature")}
+        return {name: number for name, number in numbers.items() if number is not None}
+
     def resolve(self, system: System, preset: str = "") -> tuple[dict[str, Any], str]:
         """Arguments of `ns.sample`, the preset's or else the system's own where nothing is given; and what they are, in
         words."""
         own: Any = preset_of(system, preset) if preset else system.sampling
-        given = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p", "temperature")}
-        changes = {name: number for name, number in given.items() if number is not None}
-        try:
-            settings = type(own).model_validate(own.model_dump() | changes | ({"smooth": True} if self.smooth else {}))
-        except ValidationError as error:
-            raise ValueError(faults(error, "--")) from None
+        changes = self.given()
+        settings = own_settings(own, changes | ({"smooth": True} if self.smooth else {}))
         options, words = settings.options(), settings.words()
         if self.greedy:
             return options | {"pick": ns.greedy}, f"{words.partition(', top-k')[0]}, greedy"
         return options, words
+
+
+def own_settings(own: Any, changes: Mapping[str, Any]) -> Any:
+    """Settings with changes that options named. Raises ValueError in the words of the options."""
+    from pydantic import ValidationError
+
+    try:
+        return type(own).model_validate(own.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise ValueError(faults(error, "--")) from error
 
 
 def preset_of(system: System, name: str) -> Any:
@@ -141,10 +154,13 @@ def preset_of(system: System, name: str) -> Any:
 
 
 def at_least_one(**numbers: int | None) -> None:
-    """Refuse numbers below 1; None is a number that was not given."""
+    """Refuse numbers below 1, and such as nobody means; None is a number that was not given."""
     for name, number in numbers.items():
+        option = f"--{name.replace('_', '-')}"
         if number is not None and number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}")
+            raise ValueError(f"{option} must be at least 1, got {number}")
+        if number is not None and number > MOST_NUMBER:
+            raise ValueError(f"{option} must be at most {MOST_NUMBER:,}, got {brief(number)}")
 
 
 def check_seed(seed: int) -> None:
@@ -165,10 +181,12 @@ def check_device(device: str) -> None:
         if torch.device(device).type != "meta":  # which computes nothing
             torch.zeros(1, device=device)
             return
-        reason = "it holds no numbers"
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = (str(error).splitlines() or ["not available"])[0].rstrip(".")
-    raise ValueError(f"cannot compute on --device {device}: {reason}; use cpu, or cuda where there is one")
+    except ValueError as error:
+        raise ValueError(f"cannot compute on --device {brief(device)}: {error}") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, OverflowError):
+        pass
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    raise ValueError(f"cannot compute on --device {brief(device)}; this machine has {there}")
 
 
 def check_images(count: int, out: Path | None = None) -> None:

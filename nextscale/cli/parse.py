@@ -102,6 +102,14 @@ def _sentence(end: SystemExit, box: str, prog: str) -> str:
     ):
         kind = "whole number" if "int()" in found[0] else "number"
         return f"{found[1]} must be a {kind}, got {cut(found[2], 60)}"
+    if found := re.search(r"Error parsing (--\S+): no type matching (\w+) could be instantiated from \[(.*?)\]", text):
+        kind = {"INT": "a whole number", "FLOAT": "a number"}.get(found[2], f"of the kind {found[2]}")
+        return f"{found[1]} must be {kind}, got {cut(found[3], 60)}"
+    if found := re.search(r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.*?)\]", text):
+        kind = (
+            "whole numbers" if f"{found[1]} [INT" in text else "numbers" if f"{found[1]} [FLOAT" in text else "values"
+        )
+        return f"{found[1]} must be {kind} with spaces between, got {cut(found[2], 60)}"
     if found := re.search(r"Missing value for argument '(\S+)'", text):
         return f"{found[1]} needs a value{told}"
     if found := re.search(r"invalid choice (.*?) for argument '(\S+)'. Expected one of \((.*?),?\)", text):

@@ -11,7 +11,8 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
-from nextscale.cli.options import SHIPPED, Flat, Source, check_device, check_seed, check_writable
+from nextscale.cli.options import MOST_SINGLES, SHIPPED, Flat, Source, check_device, check_seed, check_writable
+from nextscale.settings import brief
 
 if TYPE_CHECKING:
     from nextscale.data.source import SourceImages
@@ -65,6 +66,9 @@ def check_run(
 
     Try: nextscale check-run runs/tokenizer
 
+    It fits runs like those that made emoji-64: the recipe var at 64 pixels, of drawings. Other sizes, recipes or photographs
+    have other curves, so a band that they leave says little.
+
     Exit status 1 if a curve leaves its band for more than a twentieth of the run.
 
     Args:
@@ -110,8 +114,10 @@ def evaluate(
     """
     from nextscale.evaluation.report import evaluate
 
-    if samples < 2:
-        raise ValueError(f"--samples must be at least 2, since they are compared with each other, got {samples}")
+    if not 2 <= samples <= MOST_SINGLES:
+        raise ValueError(
+            f"--samples must be from 2, since they are compared with each other, to {MOST_SINGLES:,}, got {brief(samples)}"
+        )
     check_seed(seed)
     check_writable(out / "report.json")
     check_device(device)
