@@ -43,6 +43,15 @@ def weights(out: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in ns.load(out / "system").parameters()])
 
 
+def assert_same_update(out: Path, other: Path) -> None:
+    """Sums in another order round otherwise. Where a gradient is nothing but rounding (biases before a norm), Adam turns it
+    into steps of up to lr, here 1e-4 in all, of a few numbers (measured: 3e-6, mean 1e-9; another CPU: 1.5e-5). A wrong
+    gradient would move all numbers by about that.
+    """
+    difference = (weights(out) - weights(other)).abs()
+    assert difference.max() < 1e-4 and difference.mean() < 1e-7
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "flexvar", "adversarial", "generator"])
 def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
     runs = {"one": ((), 1), "two": ((), 2)}
@@ -50,11 +59,8 @@ def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
         runs["passes"] = ("accumulate=2",), 1
     for name, (settings, processes) in runs.items():
         train(kind, tmp_path / name, *settings, processes=processes)
-    one = weights(tmp_path / "one")
     for name in set(runs) - {"one"}:
-        # Sums in another order. Where a gradient is nothing but rounding (biases before a norm), Adam turns it into steps
-        # of about lr, here 1e-4 at most.
-        torch.testing.assert_close(weights(tmp_path / name), one, atol=1e-5, rtol=0)
+        assert_same_update(tmp_path / name, tmp_path / "one")
     losses = {}
     for name in ("one", "two"):  # one log, of means over processes
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -67,9 +73,8 @@ def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands
     variants = {"one": ((), 1), "again": (("recompute=true",), 1), "sharded": (("shard=true", "recompute=true"), 2)}
     for name, (settings, processes) in variants.items():
         train("generator", tmp_path / name, *settings, processes=processes)
-    one = weights(tmp_path / "one")
     for name in ("again", "sharded"):
-        torch.testing.assert_close(weights(tmp_path / name), one, atol=1e-5, rtol=0)
+        assert_same_update(tmp_path / name, tmp_path / "one")
     for name, (first, second) in {"to one": (2, 1), "to two": (1, 2)}.items():
         out = tmp_path / name
         for processes in (first, second):
@@ -79,7 +84,7 @@ def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands
             if steps:  # each process wrote its own pieces
                 files = sorted(path.name[:11] for path in (out / "checkpoints" / "00000006").glob("*.safetensors"))
                 assert files == ["shard-00001", "shard-00002"][:processes]
-        torch.testing.assert_close(weights(out), one, atol=1e-5, rtol=0)
+        assert_same_update(out, tmp_path / "one")
     with pytest.raises(ValueError, match="tokenizers are small"):
         train("tokenizer", tmp_path / "t", "shard=true")
 
@@ -87,7 +92,7 @@ def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands
 def test_sharded_training_of_a_changed_system_keeps_the_changes(tmp_path):
     train("changed", tmp_path / "one")
     train("changed", tmp_path / "two", "shard=true", processes=2)
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-5, rtol=0)
+    assert_same_update(tmp_path / "two", tmp_path / "one")
     changes = [[change.recipe for change in ns.load(tmp_path / name / "system").changes] for name in ("one", "two")]
     assert changes == [["inside", "fastvar"]] * 2
 
@@ -95,7 +100,7 @@ def test_sharded_training_of_a_changed_system_keeps_the_changes(tmp_path):
 def test_recomputed_activations_give_the_same_update(tmp_path):
     train("generator", tmp_path / "one")
     train("generator", tmp_path / "again", "recompute=true")
-    torch.testing.assert_close(weights(tmp_path / "again"), weights(tmp_path / "one"), atol=1e-5, rtol=0)
+    assert_same_update(tmp_path / "again", tmp_path / "one")
 
 
 def wait_for(process: subprocess.Popen, out: Path, lines: int) -> None:

@@ -190,7 +190,7 @@ def test_a_schedule_of_the_caller_needs_a_dense_scale(system, ratios, sides):
         ({"ratios": (0.5, 0.5, 0.5, 0.5)}, "leave none of 4 scales dense"),
         ({"ratios": (0.5,), "dense_first": 1, "dense_last": 1}, "leave none of 2 blocks"),
         ({"ratios": (1.0, 0.5)}, "only the last scales"),
-        ({"ratios": (1.5,)}, "between 0 and 1"),
+        ({"ratios": (1.5,)}, "less than or equal to 1"),
     ],
 )
 def test_settings_that_make_no_sense(system, options, message):

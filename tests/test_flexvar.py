@@ -21,6 +21,7 @@ from nextscale.published.flexvar_layout import FLEXVAR, MASK, USAGE, VQMODEL
 from nextscale.published.keys import model_key
 from nextscale.recipes.generators import flexvar
 from nextscale.sampling import pick as picking
+from nextscale.sampling.guidance import Guidance
 from nextscale.schedule import Schedule
 from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.generator_task import GeneratorTask
@@ -449,15 +450,16 @@ def test_logged_metrics(which):
 # ---- generation -------------------------------------------------------------------------------------------------------
 
 
-class Recorded:
+class Recorded(Guidance):
     """A guidance that keeps what it combines."""
 
     def __init__(self, guidance) -> None:
-        self.guidance, self.drops, self.alive, self.seen = guidance, guidance.drops, guidance.alive, []
+        super().__init__(guidance.weights, guidance.drops)
+        object.__setattr__(self, "seen", [])  # it is frozen
 
     def combine(self, predictions, *args):
         self.seen.append(predictions.clone())
-        return self.guidance.combine(predictions, *args)
+        return super().combine(predictions, *args)
 
 
 @pytest.mark.parametrize("which, case", CASES)

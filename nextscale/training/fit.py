@@ -291,10 +291,11 @@ def fit(
             finite, stop = health.look(metrics, bool(asked_to_stop), now=logs)
             if health.worst > config.most_skipped:
                 name = first_bad_module(task.module, partial(task.step, parts_of(batch, step), step))
+                whole = checkpoints.whole()
                 raise FloatingPointError(
                     f"diverged at step {step}: lower --lr (it was {config.lr:g}) or --clip, or look at the data of that step; "
-                    f"loss or gradient was not finite in {health.worst} steps in a row, first in the output of {name}. "
-                    f"{checkpoints.whole()}start again from there, or anew"
+                    f"loss or gradient was not finite in {health.worst} steps in a row, first in the output of {name}; "
+                    + (f"{whole}another run can begin from it: --init-from" if whole else "no checkpoint was written yet")
                 )
             if average and finite:
                 average.update()
