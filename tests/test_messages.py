@@ -19,6 +19,17 @@ REFUSED = [
     (T + "--system.sizes", "--system.sizes needs 1 values or more"),
     (T + "--precision int8", "--precision must be float32, bfloat16 or float16, got 'int8'"),
     (G + "--loss.progressive", "--loss.progressive needs a value"),
+    (T + "--loss.adaptive-range 5 1", "expected the least, then the most, got 5 and 1; swap them"),
+    (T + "--knee 0.5", "knee goes with decay linear alone, got cosine"),
+    (G + "--loss.progressive-from 99", "do nothing while progressive is 0"),
+    (
+        G + "--tokenizer emoji-64 --loss.progressive 0.8 --loss.progressive-from 99",
+        "progressive_from must be less than the number of scales, 6, got 99",
+    ),
+    (
+        G + "--tokenizer emoji-64 --loss.scale-weights 1 2",
+        "scale_weights: expected one factor for each of 6 scales, got 2",
+    ),
     ("train nothing", "expected tokenizer, generator or encode, got 'nothing'"),
     ("sample --count x", "--count must be a whole number, got 'x'"),
     ("sample --count", "--count needs a value; `nextscale sample --help`"),

@@ -421,7 +421,8 @@ def test_stages_are_those_of_the_walk_back(scales, warmup):
     for share in (0.0, 0.05, 0.3, 0.99):
         for first in (1, 4, 8):
             for rise in (1, 13):
-                loss = GeneratorLoss(progressive=share, progressive_from=first, progressive_warmup=rise)
+                stages = {"progressive_from": first, "progressive_warmup": rise} if share else {}
+                loss = GeneratorLoss(progressive=share, **stages)
                 config = TrainConfig(steps=200, warmup=warmup)
                 for step in range(200):
                     assert stage(loss, config, scales, step) == slow_stage(loss, config, scales, step)

@@ -422,7 +422,10 @@ def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
     kept.newest().fill(again)
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     files[2].unlink()
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="all checkpoints in .* are dam"):
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"all checkpoints in .* are dam"),
+    ):
         kept.newest()
 
 

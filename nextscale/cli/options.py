@@ -13,7 +13,7 @@ import tyro
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
 from nextscale.sampling.defaults import SamplingDefaults
-from nextscale.settings import brief, faults
+from nextscale.settings import brief, cut, faults
 
 if TYPE_CHECKING:
     from nextscale.data.source import DataSource
@@ -182,11 +182,11 @@ def check_device(device: str) -> None:
             torch.zeros(1, device=device)
             return
     except ValueError as error:
-        raise ValueError(f"cannot compute on --device {brief(device)}: {error}") from error
+        raise ValueError(f"cannot compute on --device {cut(device, 60)}: {error}") from error
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, OverflowError):
         pass
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-    raise ValueError(f"cannot compute on --device {brief(device)}; this machine has {there}")
+    raise ValueError(f"cannot compute on --device {cut(device, 60)}; this machine has {there}")
 
 
 def check_images(count: int, out: Path | None = None) -> None:

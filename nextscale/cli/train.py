@@ -188,6 +188,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         if not init_from and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
         base = trained(init_from or tokenizer, recipe)
+        loss.check(len(sizes) or len(base.schedule))
         images = load_data(source, base, oversample, augmentation)
         remember(source.named(), folder)
         items, held_out = images.train, images.val

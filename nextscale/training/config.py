@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from nextscale.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+FIRST_STAGE, STAGE_WARMUP = 4, 100  # of progressive training
 
 
 class TrainConfig(Settings):
@@ -78,6 +79,12 @@ class TrainConfig(Settings):
         description="steps in a row whose loss or gradient is not finite, and which change nothing; then the run stops",
     )
 
+    @model_validator(mode="after")
+    def _knee_of_linear_decay(self) -> "TrainConfig":
+        if self.knee is not None and self.decay != "linear":
+            raise ValueError(f"knee goes with decay linear alone, got {self.decay}")
+        return self
+
 
 class TokenizerLoss(Settings):
     """Weights and starts of the tokenizer's losses, and the measures against collapse. Starts are shares of the run."""
@@ -136,6 +143,13 @@ class TokenizerLoss(Settings):
     alarm: float = Field(
         0.05, ge=0, le=1, description="a scale whose perplexity is below this share of what it could be has collapsed"
     )
+
+    @field_validator("adaptive_range")
+    @classmethod
+    def _least_first(cls, found: tuple[float, float]) -> tuple[float, float]:
+        if found[0] > found[1]:
+            raise ValueError(f"expected the least, then the most, got {found[0]:g} and {found[1]:g}; swap them")
+        return found
 
 
 # The losses of published trainers of tokenizers, in our words; starts as shares of a run.
@@ -201,7 +215,30 @@ class GeneratorLoss(Settings):
         (), max_length=1024, description="factor of the loss at each scale; default: 1 each"
     )
     progressive: float = Field(0.0, ge=0, lt=1, description="train scale by scale until this share of the run; 0: off")
-    progressive_from: int = Field(4, ge=1, le=1024, description="newest scale of the first stage, counted from 0")
-    progressive_warmup: int = Field(
-        100, ge=1, le=10**9, description="steps over which the weight of a stage's newest scale rises"
+    progressive_from: int = Field(
+        FIRST_STAGE, ge=1, le=1024, description="newest scale of the first stage, counted from 0"
     )
+    progressive_warmup: int = Field(
+        STAGE_WARMUP, ge=1, le=10**9, description="steps over which the weight of a stage's newest scale rises"
+    )
+
+    @model_validator(mode="after")
+    def _stages_of_progressive_training(self) -> "GeneratorLoss":
+        changed = (self.progressive_from, self.progressive_warmup) != (FIRST_STAGE, STAGE_WARMUP)
+        if changed and not self.progressive:
+            raise ValueError(
+                "progressive_from and progressive_warmup do nothing while progressive is 0; set it, to 0.8 say"
+            )
+        return self
+
+    def check(self, scales: int) -> None:
+        """Refuse what does not go with this number of scales."""
+        if self.scale_weights and len(self.scale_weights) != scales:
+            raise ValueError(
+                f"scale_weights: expected one factor for each of {scales} scales, got {len(self.scale_weights)}"
+            )
+        # The default is for any number of scales: of fewer, the first stage has all.
+        if self.progressive and self.progressive_from >= scales and self.progressive_from != FIRST_STAGE:
+            raise ValueError(
+                f"progressive_from must be less than the number of scales, {scales}, got {self.progressive_from}"
+            )

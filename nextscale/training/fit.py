@@ -295,7 +295,11 @@ def fit(
                 raise FloatingPointError(
                     f"diverged at step {step}: lower --lr (it was {config.lr:g}) or --clip, or look at the data of that step; "
                     f"loss or gradient was not finite in {health.worst} steps in a row, first in the output of {name}; "
-                    + (f"{whole}another run can begin from it: --init-from" if whole else "no checkpoint was written yet")
+                    + (
+                        f"{whole}another run can begin from it: --init-from"
+                        if whole
+                        else "no checkpoint was written yet"
+                    )
                 )
             if average and finite:
                 average.update()

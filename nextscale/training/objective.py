@@ -72,12 +72,8 @@ class NextScale:
         if weights is not None:
             pieces = (losses * (weights[: span.end] * schedule.length)).split(span.lengths, dim=1)
         if settings.scale_weights:
-            factors = settings.scale_weights
-            if len(factors) != len(schedule):
-                raise ValueError(
-                    f"scale_weights: expected one factor for each of {len(schedule)} scales, got {factors}"
-                )
-            pieces = tuple(piece * factor for piece, factor in zip(pieces, factors, strict=False))
+            settings.check(len(schedule))  # the batch's own
+            pieces = tuple(piece * factor for piece, factor in zip(pieces, settings.scale_weights, strict=False))
         # A token weighs 1 / L of the whole schedule; the newest scale of a progressive stage warms up.
         warm = [1.0] * newest + [weight]
         loss = torch.stack([piece.sum(dim=1) * w for piece, w in zip(pieces, warm, strict=True)]).sum(0).mean()

@@ -129,6 +129,7 @@ def train_model(
         raise ValueError(
             f"sharded training has the model alone, but {', '.join(parts)} train with it; leave --shard off"
         )
+    loss.check(len(system.schedule))
     _refuse_half(system.tokenizer, system.need_model(), *trained_parts(system).values())
     team, config = _join(config)
     out = Path(out)
