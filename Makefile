@@ -22,8 +22,8 @@ demo: setup ## draw images with the model that comes along: out/grid.png, out/sc
 	@$(BIN)/nextscale demo --out out
 
 test: export HF_HUB_OFFLINE = 1
-test: setup ## the tests; ARGS="-m slow" for the slow ones
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## the tests, one process a core; ARGS="-n 0 -m slow" for the slow ones
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: setup ## ruff: rules, then format
 	@$(BIN)/python -m ruff check

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread of torch, and no network."""
+"""Shared by all tests: few threads of torch, and no network."""
 
 import os
 
@@ -10,4 +10,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else other tests run beside
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if alone else 1)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -47,11 +48,15 @@ def test_reference_loop_has_our_loss_and_gradients():
         torch.testing.assert_close(mine.grad, its.grad.view_as(mine.grad), atol=1e-4 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_bench_train_prints_one_line_of_json(capsys):
     assert (
         main(["bench", "train", "--shape", "tiny", "--batch", "2", "--steps", "1", "--rounds", "1", "--json", "-"]) == 0
     )
     report = json.loads(capsys.readouterr().out)
     assert {"ratio", "memory_ratio", "gemm_share"} <= set(report) and report["ratio"] > 0
+
+
+def test_bench_refuses_before_it_measures(capsys):
     assert main(["bench", "train", "--batch", "0"]) == 2
     assert "--batch" in capsys.readouterr().err

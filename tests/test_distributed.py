@@ -52,20 +52,31 @@ def assert_same_update(out: Path, other: Path) -> None:
     assert difference.max() < 1e-4 and difference.mean() < 1e-7
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "flexvar", "adversarial", "generator"])
-def test_two_processes_and_two_passes_give_the_same_update(tmp_path, kind):
-    runs = {"one": ((), 1), "two": ((), 2)}
+KINDS = ["tokenizer", "flexvar", "adversarial", "generator"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with a run of each kind, by two processes, which take longer to start than to train."""
+    out = tmp_path_factory.mktemp("shared")
+    train(",".join(KINDS), out, processes=2)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_and_two_passes_give_the_same_update(tmp_path, shared, kind):
+    one, runs = tmp_path / "one", [shared / kind]
+    train(kind, one)
     if kind != "adversarial":  # whose scale and batch norm see one pass: docs/several-machines.md
-        runs["passes"] = ("accumulate=2",), 1
-    for name, (settings, processes) in runs.items():
-        train(kind, tmp_path / name, *settings, processes=processes)
-    for name in set(runs) - {"one"}:
-        assert_same_update(tmp_path / name, tmp_path / "one")
+        runs.append(tmp_path / "passes")
+        train(kind, runs[-1], "accumulate=2")
+    for run in runs:
+        assert_same_update(run, one)
     losses = {}
-    for name in ("one", "two"):  # one log, of means over processes
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert len(losses["two"]) == 12 and losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    for run in (one, shared / kind):  # one log, of means over processes
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[run] = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses[one]) == 12 and losses[shared / kind] == pytest.approx(losses[one], abs=1e-5)
 
 
 def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands(tmp_path):
@@ -111,17 +122,18 @@ def wait_for(process: subprocess.Popen, out: Path, lines: int) -> None:
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path):
-    train("generator", tmp_path / "whole", "steps=60", processes=2)
-    process = start("generator", tmp_path / "asked", "steps=60")
+    settings = "steps=60", "validate_every=30", "save_every=10"
+    train("generator", tmp_path / "whole", *settings, processes=2)
+    process = start("generator", tmp_path / "asked", *settings)
     wait_for(process, tmp_path / "asked", lines=8)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     process.communicate(timeout=120)
     assert process.returncode != 0 and not (tmp_path / "asked" / "system").exists()
     assert list((tmp_path / "asked" / "checkpoints").glob("*/state.json"))
-    train("generator", tmp_path / "asked", "steps=60", processes=2)
+    train("generator", tmp_path / "asked", *settings, processes=2)
     assert torch.equal(weights(tmp_path / "asked"), weights(tmp_path / "whole"))
     # One of two is killed, torchrun starts both again, and they go on.
-    process = start("generator", tmp_path / "killed", "steps=60", restarts=1)
+    process = start("generator", tmp_path / "killed", *settings, restarts=1)
     wait_for(process, tmp_path / "killed", lines=20)
     os.kill(int((tmp_path / "killed" / "rank-1").read_text()), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)

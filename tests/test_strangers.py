@@ -38,7 +38,7 @@ def edit(folder, **settings):
 
 CONFIGS = [
     ({"config__transformer__depth": 10**9}, "transformer.depth must be at most 1024, got 1000000000"),
-    ({"config__transformer__depth": 900}, "do not fit"),
+    ({"config__transformer__depth": 200}, "do not fit"),
     ({"config__transformer__depth": 2**63}, "transformer.depth"),
     ({"config__transformer__depth": 10**400}, "transformer.depth"),
     ({"config__transformer__dim": -1}, "transformer.dim must be at least 1, got -1"),

@@ -1,6 +1,8 @@
 """Trains a tiny system on coloured squares into a folder: what several processes run, started by torchrun.
 
 python tests/train_small.py tokenizer|adversarial|flexvar|generator|changed OUT [name=value of TrainConfig ...]
+
+Several kinds with commas between train one after the other, each in the folder of OUT that has its name.
 """
 
 import os
@@ -81,5 +83,7 @@ if __name__ == "__main__":
     Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
     (Path(sys.argv[2]) / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))  # for those who want to kill it
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    kinds, out, *settings = sys.argv[1:]
+    for kind in kinds.split(","):
+        main(kind, out if kind == kinds else f"{out}/{kind}", *settings)
     end_process()  # as `nextscale train` does
