@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from nextscale.data.dataset import collate, data_digest
 from nextscale.data.transforms import AugmentSettings, augment
@@ -32,6 +31,7 @@ from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.files import atomic_write, digest
 from nextscale.modules import as_module, usual_defaults
 from nextscale.processes import Team
+from nextscale.progress import Bar
 from nextscale.readers import Given, TensorReader
 from nextscale.system import System
 from nextscale.tokens import Tokens, each, joined
@@ -266,8 +266,7 @@ def encode_images(
         return _Shard(each(lambda *tensors: torch.cat(tensors), *parts), told)
 
     def progress(images: int) -> Any:
-        silent = not team.leads
-        return tqdm(total=images, desc="encoding", unit="img", dynamic_ncols=True, disable=silent)
+        return Bar(total=images, desc="encoding", unit="image", silent=not team.leads)
 
     if folder is None:
         with progress(views * count) as bar:

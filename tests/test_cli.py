@@ -18,6 +18,7 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.cli import about, draw
 from nextscale.cli.options import Picking
+from nextscale.progress import Bar
 from nextscale.recipes.generators import infinity, var
 
 
@@ -133,7 +134,7 @@ assert not loaded, loaded
 def test_sample_draws_a_grid_of_the_labels(nextscale, system):
     result = nextscale("sample", "--system", system, "--labels", "cat, 1,none", "--count", 2, "--out", "new/grid.png")
     assert result.code == 0 and result.out[-1] == "new/grid.png"
-    assert "sampling" in "\n".join(result.err)
+    assert not result.err  # short work without a terminal
     width, height = size("new/grid.png")
     assert 2 * 128 < width < 3 * 128 and 3 * 128 < height < 5 * 128  # a row for each label
 
@@ -351,9 +352,10 @@ def test_methods_draw_what_the_library_draws(nextscale, system, pictures, monkey
         on_scale=lambda k, images: frames.update({k: images}),
     )
     monkeypatch.setattr(draw, "BATCH", 2)
+    monkeypatch.setattr(Bar, "EVERY", 0)
     common = ["--labels", "cat,none,cat", "--count", 1, "--seed", 3, "--guidance", 3, "--scales", "s.png"]
     result = nextscale("sample", "--system", system, *words, *common)
-    assert result.code == 0 and f"{2 * len(frames)}/{2 * len(frames)}" in result.err[-1], result.err
+    assert result.code == 0 and f"sampling: scale {2 * len(frames)}/" in result.err[-1], result.err
     tiles, how = pictures["grid.png"]
     torch.testing.assert_close(tiles, expected, atol=1e-4, rtol=0)
     named = " and ".join(change.recipe for change in changed.changes)

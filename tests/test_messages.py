@@ -1,9 +1,13 @@
 """What the command line says of what it does not take: one line, in words of its own, with the right exit status."""
 
+import sys
+import warnings
+
 import pytest
 
 from nextscale import cli
 from nextscale.cli import draw
+from nextscale.progress import Bar, say
 
 T = "train tokenizer --out run "
 G = "train generator --out run "
@@ -78,3 +82,39 @@ def test_whatever_happens_ends_in_one_line(error, said, status, tmp_path, monkey
     assert cli.main(["sample"]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line and len(line) < 650
+
+
+def test_warnings_are_lines_said_once(monkeypatch, capsys):
+    def warn(*arguments, **options):
+        for _ in range(2):
+            warnings.warn("one thing\n and another", stacklevel=1)
+            warnings.warn("for developers", FutureWarning, stacklevel=1)
+        warnings.warn_explicit("of another package", UserWarning, "/x/site-packages/torch/nn/a.py", 3)
+        warnings.warn_explicit("of ours, installed", UserWarning, "/x/site-packages/nextscale/a.py", 3)
+
+    monkeypatch.setattr(draw, "read_labels", warn)
+    monkeypatch.delenv("NEXTSCALE_DEBUG", raising=False)
+    for rank, shown in (("0", ["warning: one thing and another", "warning: of ours, installed"]), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        cli.main(["sample"])
+        assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == shown
+
+
+def test_bars_are_plain_lines_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(Bar, "EVERY", 0)
+    assert list(Bar(["a", "b"], desc="reading", unit="file")) == ["a", "b"]
+    with Bar(total=4, desc="reading", unit="file") as bar:
+        bar.update(3)
+        say("another line")
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: file 1/2, 0 s left",
+        "reading: file 2/2, 0 s left",
+        "reading: file 3/4, 0 s left",
+        "another line",
+    ]
+    monkeypatch.setattr(Bar, "EVERY", 10)
+    assert list(Bar(range(9), desc="short")) == list(range(9)) and list(Bar(range(9), silent=True)) == list(range(9))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(Bar(range(9), desc="seen", unit="file")) == list(range(9))
+    assert "seen: 100%" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from small import small
 from test_training import Squares
 
 import nextscale as ns
-from nextscale import cli
+from nextscale import cli, progress
 from nextscale.encoded import encode_images
 from nextscale.processes import Team
 from nextscale.recipes.generators import var
@@ -294,7 +294,7 @@ def test_lines_that_are_no_metrics_stay_in_a_copy(tmp_path):
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress.Bar, "EVERY", 0.0)
     with Progress(2, 0, "tokenizer", silent=False) as bar:
         bar.show_loss(0.25)
         bar.update()

@@ -10,7 +10,12 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import nextscale as ns
 from nextscale.cli import about, bench, change, draw, run
@@ -67,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            _dispatch(words)
+            with _warnings_as_lines():
+                _dispatch(words)
         finally:
             sys.stdout.flush()  # so that a closed pipe shows here, and not when Python ends
     except BrokenPipeError:
@@ -77,12 +83,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0"):
+        if _debugs():
             traceback.print_exc()
         text, status = _sentence(error)
         print(f"error: {text}", file=sys.stderr)
         return status
     return 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show what nextscale warns of: `warning: text`, each text once, from one process. What other packages warn their
+    developers of stays away. NEXTSCALE_DEBUG=1 shows everything, as Python does."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        text = cut(" ".join(str(message).split()), MOST)
+        if issubclass(category, UserWarning) and not _foreign(filename) and text not in said and _first_process():
+            from nextscale.progress import say
+
+            said.add(text)
+            say(f"warning: {text}")
+
+    with warnings.catch_warnings():
+        if not _debugs():
+            warnings.showwarning = show
+            warnings.simplefilter("always", UserWarning)  # once is decided above
+        yield
+
+
+def _debugs() -> bool:
+    return os.environ.get("NEXTSCALE_DEBUG", "0") not in ("", "0")
+
+
+def _foreign(filename: str) -> bool:
+    """Whether a file is another package's."""
+    parts = Path(filename).parts
+    return any(place in ("site-packages", "dist-packages") and name != "nextscale" for place, name in pairwise(parts))
+
+
+def _first_process() -> bool:
+    """Of several that train together, and of those that load images for it."""
+    loader = sys.modules["torch"].utils.data.get_worker_info() if "torch" in sys.modules else None
+    return os.environ.get("RANK", "0") == "0" and (loader is None or loader.id == 0)
 
 
 def _dispatch(words: list[str]) -> None:

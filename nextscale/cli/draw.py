@@ -270,10 +270,10 @@ def generate(
     `options`: guidance, pick, and perhaps a schedule. `as_bytes`: uint8 instead of floats, for very many.
     """
     import torch
-    from tqdm import tqdm
 
     from nextscale.output import at_size
     from nextscale.pixels import to_uint8
+    from nextscale.progress import Bar
     from nextscale.sampling.loop import stepper_of
 
     stepper, schedule = stepper_of(system), options.get("schedule") or system.schedule
@@ -281,7 +281,7 @@ def generate(
     size = [side * stride for side in schedule[-1]]
     starts = range(0, len(labels), BATCH)
     batches: list[list[Frame]] = []
-    with tqdm(total=len(schedule) * len(starts), desc="sampling", unit="scale") as bar:
+    with Bar(total=len(schedule) * len(starts), desc="sampling", unit="scale") as bar:
         for first in starts:
             some = labels[first : first + BATCH]
             state = ns.start(system, some, edit=edit, seed=seed + first, **options)

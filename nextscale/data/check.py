@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
-from tqdm import tqdm
-
 from nextscale.data.images import MOST_ASPECT, Size, height_width
 from nextscale.data.left_out import LeftOut
+from nextscale.progress import Bar
 from nextscale.settings import brief
 
 T = TypeVar("T")
@@ -42,7 +41,7 @@ def sound(
             return str(error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(total=len(items), desc="checking images", delay=2, disable=not progress)
+        bar = Bar(total=len(items), desc="checking images", unit="image", delay=2, silent=not progress)
         answers = []
         with bar:
             for found in pool.map(answer, items):

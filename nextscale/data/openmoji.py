@@ -225,14 +225,14 @@ def render(svg: Path, size: int) -> np.ndarray:
 
 def render_all(rows: list[EmojiRow], size: int, progress: bool) -> Tensor:
     """All drawings of `rows`: uint8 [N, 3, size, size]. Threads, because the renderer works outside Python's lock."""
-    from tqdm import tqdm
+    from nextscale.progress import Bar
 
     folder = svg_folder()
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         drawn = pool.map(lambda row: render(folder / f"{row.hexcode}.svg", size), rows)
         for i, pixels in enumerate(
-            tqdm(drawn, total=len(rows), desc=f"rendering OpenMoji at {size} px", disable=not progress)
+            Bar(drawn, total=len(rows), desc=f"rendering OpenMoji at {size} px", unit="drawing", silent=not progress)
         ):
             images[i] = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     return images

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
 from nextscale.data.folder import hidden
@@ -29,6 +27,7 @@ from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
 from nextscale.files import as_path, brief_path, parse_json
 from nextscale.pixels import to_float
+from nextscale.progress import Bar
 from nextscale.settings import brief
 
 MOST_CLASSES = 100_000
@@ -138,7 +137,7 @@ def web_shards(
     left_out = LeftOut()
     samples = [
         sample
-        for number, path in enumerate(tqdm(paths, desc="indexing shards", unit="shard", delay=2, disable=not progress))
+        for number, path in enumerate(Bar(paths, desc="indexing shards", unit="shard", delay=2, silent=not progress))
         for sample in _index(path, number, left_out)
     ]
     if any("label" in sample.fields for sample in samples):

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale.data.dataset import Pictures
 from nextscale.pixels import to_float
+from nextscale.progress import Bar
 
 CHUNK_VALUES = 2**23  # floats of a chunk of images: 32 MiB
 CANDIDATES = 4  # kept from the matrix product for each image, then measured exactly
@@ -72,7 +72,7 @@ def nearest(
     chunk = max(1, CHUNK_VALUES // math.prod(images.shape[1:]))
     found = [
         _nearest(images[i : i + chunk].cpu(), training, groups, None if own is None else own[i : i + chunk], chunk)
-        for i in tqdm(range(0, len(images), chunk), desc="neighbours", disable=not progress, leave=False)
+        for i in Bar(range(0, len(images), chunk), desc="neighbours", unit="chunk", silent=not progress, leave=False)
     ]
     return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import nextscale
 from nextscale.data.dataset import pictures
@@ -39,6 +38,7 @@ from nextscale.features import Lite0
 from nextscale.files import as_path, atomic_write
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import at_size, psnr
+from nextscale.progress import Bar
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
 from nextscale.settings import brief, whole_number
@@ -241,7 +241,7 @@ def _samples(
     images = torch.cat(
         [
             sample(system, {name: values[i : i + BATCH] for name, values in told.items()}, seed=seed + i).cpu()
-            for i in tqdm(range(0, count, BATCH), desc="sampling", disable=not progress)
+            for i in Bar(range(0, count, BATCH), desc="sampling", unit="batch", silent=not progress)
         ]
     )
     names, places = _names(system, known, data.classes, rows)

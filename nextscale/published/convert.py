@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale.checkpoint import find_folder, load, save
 from nextscale.files import atomic_write
+from nextscale.progress import say
 from nextscale.published.layout import Layout, Published, from_states, to_states
 from nextscale.published.weight_files import read_pth, read_shards, state_dict, write_pth, write_shards
 from nextscale.system import System, find_recipe, recipe_names, refuse_mps
@@ -106,7 +105,7 @@ def convert_official(
     if (target / "config.json").exists():
         raise ValueError(f"{target} holds a system already; choose another folder, or delete that one first")
     system, kept = _read_system(source, folder, checkpoint, own_tokenizer, verify=True)
-    tqdm.write(f"writing {target}", file=sys.stderr)
+    say(f"writing {target}")
     _write_kept(target / EXTRA, kept)
     with atomic_write(target / "README.md") as path:
         path.write_text(_card(source), encoding="utf-8")

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale.files import atomic_write
+from nextscale.progress import Bar
 
 MAX_PICKLE_BYTES = (
     50_000_000  # the part of a .pth that is no tensor: some 50 kB, a few hundred with an optimizer's state
@@ -72,7 +72,7 @@ def _check_zip(path: Path, verify: bool) -> None:
         if not verify:
             return
         total = sum(record.file_size for record in records)
-        with tqdm(total=total, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=total < 1e8) as bar:
+        with Bar(total=total, desc=f"checking {path.name}", unit="B", unit_scale=True, silent=total < 1e8) as bar:
             for record in records:
                 with archive.open(record) as file:  # raises BadZipFile at the end if the checksum differs
                     while chunk := file.read(CHUNK):
@@ -110,7 +110,7 @@ def write_pth(state: Mapping[str, Tensor], path: Path, within: str = "") -> None
     with (
         atomic_write(path) as temporary,
         open(temporary, "wb") as file,
-        tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, disable=total < 1e8) as bar,
+        Bar(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, silent=total < 1e8) as bar,
     ):
         torch.save({within: own} if within else own, cast(IO[bytes], _Counted(file, bar)))
 

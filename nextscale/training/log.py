@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale.data.images import save_images
 from nextscale.files import atomic_write
 from nextscale.pixels import on_white, to_uint8
+from nextscale.progress import Bar, say
 
 
 class RunLog:
@@ -74,7 +73,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal."""
         if not self.silent:
-            tqdm.write(text, file=sys.stderr)
+            say(text)
 
     def progress(self) -> Progress:
         """How far the run is; it begins at the step that the run goes on with."""
@@ -99,7 +98,7 @@ class RunLog:
             self._write(step, alarm=sentence)
             what = sentence.partition(":")[0]  # numbers change from line to line
             if what not in self._sounding:
-                tqdm.write(f"step {step}: {sentence}", file=sys.stderr)
+                say(f"step {step}: {sentence}")
                 self._board.add_text("alarm", sentence, step)
         self._sounding = {sentence.partition(":")[0] for sentence in sentences}
 
@@ -147,24 +146,11 @@ class Shown(NamedTuple):
 
 
 class Progress:
-    """A bar where somebody looks; without a terminal a plain line now and then, which a file of a log can keep."""
-
-    EVERY = 10.0  # seconds between plain lines
+    """How far a run is, with its last loss, and what it does besides steps."""
 
     def __init__(self, steps: int, first: int, description: str, silent: bool) -> None:
-        self.steps, self.step, self.description, self.silent = steps, first, description, silent
-        self.first, self.started = first, time.perf_counter()
-        self.said, self.loss = self.started, ""
-        on_terminal = sys.stderr.isatty()
-        self.plain = not silent and not on_terminal
-        self.bar = tqdm(
-            total=steps,
-            initial=first,
-            desc=description,
-            unit="step",
-            dynamic_ncols=True,
-            disable=silent or not on_terminal,
-        )
+        self.description = description
+        self.bar = Bar(total=steps, initial=first, desc=description, unit="step", silent=silent, tells_end=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -174,41 +160,27 @@ class Progress:
 
     def update(self) -> None:
         """One step more."""
-        self.step += 1
         self.bar.update()
-        now = time.perf_counter()
-        if self.plain and (now - self.said >= self.EVERY or self.step == self.steps):
-            self.said = now
-            left = (now - self.started) / max(1, self.step - self.first) * (self.steps - self.step)
-            print(
-                f"{self.description}: step {self.step}/{self.steps}{self.loss}, {_span(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _print(self, what: str) -> None:
-        print(f"{self.description}: step {self.step}/{self.steps}{what}", file=sys.stderr, flush=True)
 
     def show_loss(self, loss: float) -> None:
         """What stands beside the step from now on."""
-        self.loss = f", loss {loss:.4f}"
-        self.bar.set_postfix(loss=f"{loss:.4f}")
+        if self.bar.plain:
+            self.bar.beside = f", loss {loss:.4f}"
+        else:
+            self.bar.set_postfix(loss=f"{loss:.4f}")
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Say what is done instead of a step for as long as the block lasts."""
+        if self.bar.plain:
+            self.bar.line(f", {what}")
+            yield
+            return
         self.bar.set_description(f"{self.description}: {what}")
-        if self.plain:
-            self._print(f", {what}")
         try:
             yield
         finally:
             self.bar.set_description(self.description)
-
-
-def _span(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def copy_name(path: Path) -> Path:
