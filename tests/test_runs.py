@@ -315,7 +315,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
 def test_the_first_line_says_what_the_run_is(tmp_path, capsys):
     train(tmp_path)
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenizer: 12 images"))
-    assert "3 classes, 4 held out, 32x32 px" in line and "M parameters; 6 steps of 4" in line
+    assert "3 classes, 4 held out, 32x32 px" in line and "k parameters; 6 steps of 4" in line
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and first["data"]["images"] == 12
     assert json.loads((tmp_path / "run.json").read_text())["data"]["held_out"] == 4

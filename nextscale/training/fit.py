@@ -441,13 +441,16 @@ def _batches(loader: Any, checkpoints: Checkpoints) -> Iterator[Any]:
 
 def _first_line(description: str, task: Task, config: TrainConfig, first: int, about: Mapping[str, Any]) -> str:
     """What a run is, before it begins."""
-    count = sum(parameter.numel() for parameter in task.module.parameters() if parameter.requires_grad)
-    parts = [f"{about['images']:,} images"]
+    trained = next(iter(task.optimizers.values()))  # further ones are of helpers, such as a discriminator
+    count = sum(parameter.numel() for group in trained.param_groups for parameter in group["params"])
+    size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
+    views = about.get("views", 1)
+    parts = [f"{about['images']:,} images" + (f" in {views} views" if views > 1 else "")]
     parts += [f"{about[name]:,} {name.replace('_', ' ')}" for name in ("classes", "held_out") if name in about]
     parts += [str(about[name]) for name in ("size", "captions") if about.get(name)]
     goes_on = f", from step {first}" if first else ""
     steps = f"{config.steps} steps of {config.batch_size}{goes_on}"
-    said = f"{description}: {', '.join(parts)}; {count / 1e6:.1f} M parameters; {steps}"
+    said = f"{description}: {', '.join(parts)}; {size} parameters; {steps}"
     return said + (f"\n{about['left_out']}" if about.get("left_out") else "")
 
 

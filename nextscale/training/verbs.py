@@ -161,6 +161,7 @@ def train_model(
         if val is not None:
             held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
     held = None if val is None else len(val)  # type: ignore[arg-type]
+    seen = {"images": len(data), "views": views} if kind in ("tokens", "features") else {}  # type: ignore[arg-type]
     with _folder(out, system, team):
         _train_model(
             system,
@@ -173,7 +174,7 @@ def train_model(
             lora,
             objective,
             team,
-            about or _about(system, items, held),
+            seen | dict(about or _about(system, items, held)),
         )
     team.wait()  # all return when the files are there
     return system.eval()
