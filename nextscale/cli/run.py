@@ -113,6 +113,7 @@ def evaluate(
         dtype: of weights and activations; what decides tokens stays float32
     """
     from nextscale.evaluation.report import evaluate
+    from nextscale.extras import need
 
     if not 2 <= samples <= MOST_SINGLES:
         raise ValueError(
@@ -120,6 +121,7 @@ def evaluate(
         )
     check_seed(seed)
     check_writable(out / "report.json")
+    need("eval", "judging images")
     check_device(device)
     loaded = load_changed(system, device, methods, dtype)
     evaluate(loaded, images_of(system, source, loaded), out, samples=samples, seed=seed)

@@ -19,7 +19,7 @@ from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import with_classes
 from nextscale.training.memory import keep_freed_memory
-from nextscale.training.verbs import train_model, train_tokenizer
+from nextscale.training.verbs import check_packages, train_model, train_tokenizer
 
 RECIPE = "var"  # unless another is named
 # Required, but asked for at the door, where a mistake ends in one line.
@@ -99,6 +99,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
+        check_packages(train, loss)
         if losses:
             if losses not in LOSSES:
                 raise ValueError(f"unknown --losses {losses!r}; there are {', '.join(LOSSES)}")
@@ -178,6 +179,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             sampling: how the system samples by default
         """
         folder = checked("generator", out, train, oversample=oversample, views=views)
+        check_packages(train, lora=lora)
         if init_from and (tokenizer or sizes or transformer != defaults.transformer or sampling != defaults.sampling):
             raise ValueError(
                 "--init-from has its own tokenizer, scales, transformer and sampling; leave out --tokenizer, --sizes, "

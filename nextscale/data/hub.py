@@ -14,6 +14,7 @@ from nextscale.data.dataset import ImageDataset
 from nextscale.data.images import Size, check_share, decode_image, examine_image
 from nextscale.data.left_out import LeftOut
 from nextscale.data.shards import numbered
+from nextscale.extras import need
 from nextscale.pixels import to_float
 from nextscale.settings import brief
 
@@ -118,12 +119,9 @@ def hub_images(
     if not isinstance(source, str | os.PathLike | dict) and not hasattr(source, "features"):
         raise ValueError(f"expected a dataset of the package datasets, or the path of a folder, got {brief(source)}")
     if isinstance(source, str | os.PathLike):
-        try:
-            from datasets import load_from_disk
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{source} is a folder of the package datasets, which is not installed: pip install 'nextscale[hub]'"
-            ) from error
+        need("hub", f"the folder {source}")
+        from datasets import load_from_disk
+
         if not Path(source).is_dir():
             raise FileNotFoundError(f"no such folder: {source} (relative paths start from {Path.cwd()})")
         source = load_from_disk(str(source))

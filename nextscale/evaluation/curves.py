@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nextscale.extras import need
 from nextscale.files import atomic_write
 
 Curves = dict[str, dict[int, float]]  # name -> step -> value
@@ -51,10 +52,9 @@ def plot_run(metrics: PathLike | Iterable[PathLike], out: PathLike) -> Path:
     each scale, accuracy of each scale. `metrics`: `metrics.jsonl` files, or folders of runs. Errors as in
     `read_metrics`; ModuleNotFoundError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("curves need matplotlib, which is missing; pip install nextscale[eval]") from error
+    need("eval", "drawing curves")
+    from matplotlib.figure import Figure
+
     paths = [Path(p) for p in ([metrics] if isinstance(metrics, (str, os.PathLike)) else metrics)]
     runs = [read_metrics(path) for path in paths]
     if not runs:

@@ -34,6 +34,7 @@ from nextscale.evaluation.likelihood import (
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
+from nextscale.extras import need
 from nextscale.features import Lite0
 from nextscale.files import as_path, atomic_write
 from nextscale.modules import as_module, usual_defaults
@@ -97,6 +98,7 @@ def evaluate(
 
 def _check(system: System, data: Any, samples: int) -> None:
     check_system(system)
+    need("eval", "judging images")
     for name in ("train", "val", "classes"):
         if not hasattr(data, name):
             raise ValueError(

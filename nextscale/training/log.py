@@ -127,10 +127,8 @@ class RunLog:
 
 def _start_wandb(project: str, out: Path, description: str) -> Any:
     """A run of Weights & Biases, the same one again after a resume. It works offline with WANDB_MODE=offline."""
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("logging to W&B needs the package wandb: pip install 'nextscale[wandb]'") from error
+    import wandb
+
     name = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
     run = wandb.init(project=project, name=out.name, group=description, dir=str(out), id=name, resume="allow")
     run.define_metric("*", step_metric="step")  # our own steps: a resumed run logs some again

@@ -20,6 +20,7 @@ from nextscale.data.dataset import collate
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
+from nextscale.extras import need
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import Images
 from nextscale.processes import Team
@@ -57,6 +58,7 @@ def train_tokenizer(
 
     Returns the system, with the averaged weights.
     """
+    check_packages(config, loss)
     if config.shard or config.recompute:
         raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
     team, config = _join(config)
@@ -123,6 +125,7 @@ def train_model(
 
     Returns the system, with the averaged weights.
     """
+    check_packages(config, lora=lora)
     if config.shard and lora:
         raise ValueError("adapters are small, so they are not sharded; leave --shard or --lora off")
     if config.shard and (parts := trained_parts(system)):
@@ -216,6 +219,17 @@ def _train_model(
     if team.leads:
         save(system, out / "system")
         forget_start(out)
+
+
+def check_packages(config: TrainConfig, loss: TokenizerLoss | None = None, lora: int = 0) -> None:
+    """Refuse a training that lacks a package, before it costs anything."""
+    need("train", "what a training leaves to look at")
+    if config.wandb:
+        need("wandb", "logging to Weights & Biases")
+    if lora:
+        need("lora", "training adapters (LoRA)")
+    if loss is not None and loss.perceptual and not loss.lpips_vgg:
+        need("eval", "the perceptual loss")
 
 
 @contextmanager
