@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nextscale.files import as_path, atomic_write, check_readable, digest, read_json
 from nextscale.modules import as_module, inner_state, usual_defaults, without_wrapper
 from nextscale.settings import Settings, brief, cut, faults
-from nextscale.system import System, check_system, find_method, find_recipe, refuse_mps
+from nextscale.system import System, check_device, check_system, find_method, find_recipe
 
 # Kinds of numbers that weights may have in a file.
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -104,7 +104,7 @@ def load(
 
     Raises FileNotFoundError or ValueError with what is missing or wrong; a folder that does not fit loads nothing.
     """
-    refuse_mps(device)
+    check_device(device)
     folder = find_folder(name)
     config = _read_config(folder / "config.json")
     recipes = recipes or {}
@@ -115,6 +115,11 @@ def load(
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         said = cut((str(error).splitlines() or [type(error).__name__])[0], 200)
         raise ValueError(f"{folder / 'config.json'} describes a system that cannot be built: {said}") from error
+    if config.image_size not in (None, tuple(system.image_size)):
+        raise ValueError(
+            f"{folder / 'config.json'} says images of {brief(config.image_size)}, but its system makes "
+            f"{brief(tuple(system.image_size))}; copy or download the folder again"
+        )
     own = saved_parts(system)
     for part, module in own.items():
         path = folder / f"{part}.safetensors"
@@ -326,6 +331,8 @@ def _read_config(path: Path) -> FolderConfig:
     except ValidationError as error:
         said = faults(error, kind=FolderConfig)
         raise ValueError(f"{path} is not the config of a system: {said}; copy or download the folder again") from error
+    if len(set(config.parts)) < len(config.parts):
+        raise ValueError(f"{path} names a part twice: {brief(list(config.parts))}; copy or download the folder again")
     if "tokenizer" not in config.parts or not all(re.fullmatch(r"\w+", part) for part in config.parts):
         raise ValueError(f"{path}: a system needs a tokenizer, and parts have plain names, got {list(config.parts)}")
     return config

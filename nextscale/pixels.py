@@ -58,7 +58,9 @@ def _taken(images: Any, channels: int | None) -> Tensor:
         raise ValueError(f"expected {wanted}{more}, got {list(images.shape)}{hint}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"expected {wanted}, got {images.dtype}; convert bytes with .to(torch.uint8)")
-    if images.is_floating_point() and not images.is_meta:
+    if images.is_meta:
+        raise ValueError(f"expected {wanted}, got images on the device meta, which have no numbers")
+    if images.is_floating_point():
         _check_range(images, wanted)
     return images
 

@@ -19,7 +19,7 @@ from nextscale.modules import as_module, replaced, usual_defaults
 from nextscale.output import Images
 from nextscale.pixels import as_images, warn_of_range
 from nextscale.schedule import Schedule
-from nextscale.settings import Settings, brief
+from nextscale.settings import Settings, brief, cut
 from nextscale.tokenizer.pyramid import teacher_inputs
 from nextscale.tokens import Soft, Tokens, each, first_tensor
 
@@ -400,17 +400,23 @@ def recipe_names() -> dict[str, str]:
     return {point.name: point.value for point in metadata.entry_points(group="nextscale.recipes")} | names
 
 
-def refuse_mps(device: str | torch.device) -> None:
-    """Refuse `mps`: PyTorch cannot average there to sizes that do not divide, as pyramids do."""
+def check_device(device: str | torch.device, name: str = "device") -> None:
+    """Raise ValueError for a device that this machine does not have, and for `mps`: PyTorch cannot average there to sizes that
+    do not divide, as pyramids do."""
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected cpu, cuda or cuda:1, got {brief(device)}") from None
+        raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {brief(device)}") from None
     if kind == "mps":
         raise ValueError(
             "the device mps is not supported: PyTorch lacks area pooling there to sizes that do not divide, which the pyramids "
             "need; use cpu or cuda"
         )
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, OverflowError):
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"cannot compute on {name} {cut(str(device), 60)}; this machine has {there}") from None
 
 
 def find_recipe(name: str) -> Any:

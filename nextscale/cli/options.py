@@ -13,7 +13,7 @@ import tyro
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
 from nextscale.sampling.defaults import SamplingDefaults
-from nextscale.settings import brief, cut, faults
+from nextscale.settings import brief, faults
 
 if TYPE_CHECKING:
     from nextscale.data.source import DataSource
@@ -170,23 +170,14 @@ def check_seed(seed: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuse devices that this machine does not have."""
+    """Refuse devices that this machine does not have, and `meta`, which computes nothing."""
     import torch
 
-    from nextscale.system import refuse_mps
+    from nextscale import system
 
-    try:
-        torch.device(device)  # says of an unknown name which there are
-        refuse_mps(device)
-        if torch.device(device).type != "meta":  # which computes nothing
-            torch.zeros(1, device=device)
-            return
-    except ValueError as error:
-        raise ValueError(f"cannot compute on --device {cut(device, 60)}: {error}") from error
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, OverflowError):
-        pass
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-    raise ValueError(f"cannot compute on --device {cut(device, 60)}; this machine has {there}")
+    system.check_device(device, "--device")
+    if torch.device(device).type == "meta":
+        raise ValueError("cannot compute on --device meta; use cpu or cuda")
 
 
 def check_images(count: int, out: Path | None = None) -> None:

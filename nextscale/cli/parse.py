@@ -29,6 +29,16 @@ def parse(function: Callable[..., None], words: Sequence[str], prog: str) -> Cal
         return tyro.cli(_deferred(function), prog=prog, args=list(words), config=CONFIG, use_underscores=False)
 
 
+# Options of several values, whose absence tyro takes for none.
+SEVERAL = ("--labels", "--sizes", "--loss.scale-weights")
+
+
+def _check_values(words: Sequence[str], prog: str) -> None:
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word in SEVERAL and following.startswith("--"):
+            raise ValueError(f"{word} needs a value; `{prog} --help` explains all options")
+
+
 def parse_one_of(functions: Mapping[str, Callable[..., None]], words: Sequence[str], prog: str, about: str) -> Call:
     """The same where the first word names the function."""
     app = tyro.extras.SubcommandApp()
@@ -55,6 +65,7 @@ def _in_one_sentence(words: Sequence[str], prog: str) -> Iterator[None]:
     if {"-h", "--help"} & set(words):  # which ends by itself
         yield
         return
+    _check_values(words, prog)
     said = io.StringIO()
     try:
         with redirect_stderr(said), _wide():

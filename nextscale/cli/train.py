@@ -18,7 +18,7 @@ from nextscale.schedule import Schedule
 from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import with_classes
-from nextscale.training.memory import keep_freed_memory
+from nextscale.training.memory import built_to_train, keep_freed_memory
 from nextscale.training.verbs import check_packages, train_model, train_tokenizer
 
 RECIPE = "var"  # unless another is named
@@ -110,7 +110,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             built.model = None
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
-            built = module.build(system, seed=train.seed, model=False)
+            rows = train.batch_size // train.accumulate
+            built = built_to_train(lambda: module.build(system, seed=train.seed, model=False), rows, "tokenizer")
         images = load_data(source, built, oversample, augmentation)
         remember(source.named(), folder)
         train_tokenizer(
@@ -204,7 +205,9 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
-            system = module.build(config.for_classes(images.classes), seed=train.seed)
+            shape = config.for_classes(images.classes)
+            rows = train.batch_size // train.accumulate
+            system = built_to_train(lambda: module.build(shape, seed=train.seed), rows, "model")
             system.tokenizer = base.tokenizer
         train_model(
             system,
@@ -310,11 +313,17 @@ def trained(name: str, recipe: str) -> System:
     return system
 
 
+MOST = {"oversample": 16, "views": 1000}  # times the pixels of a side; times the images to encode
+
+
 def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> Path:
     """The folder of the run, after the checks at the door."""
     if out is None:
         raise ValueError(f"train {kind} needs --out: the folder of the run; try `--out runs/{kind}`")
     at_least_one(**numbers)
+    for name, most in MOST.items():
+        if numbers.get(name, 1) > most:
+            raise ValueError(f"--{name} must be at most {most}, got {numbers[name]}")
     check_writable(out / "metrics.jsonl")
     check_device(train.device)
     return out

@@ -22,7 +22,7 @@ from nextscale.files import atomic_write
 from nextscale.progress import say
 from nextscale.published.layout import Layout, Published, from_states, to_states
 from nextscale.published.weight_files import read_pth, read_shards, state_dict, write_pth, write_shards
-from nextscale.system import System, find_recipe, recipe_names, refuse_mps
+from nextscale.system import System, check_device, find_recipe, recipe_names
 
 EXTRA = "official.safetensors"  # beside a converted system: what the official files hold and a system has no use for
 
@@ -78,7 +78,7 @@ def load_official(
     Raises FileNotFoundError with the names of missing files and where they are published; ValueError for files that are
     damaged, are no state dicts, or do not have exactly the official layout (every mismatch is listed).
     """
-    refuse_mps(device)
+    check_device(device)
     source = _find(name)
     if folder is not None and (Path(folder) / "config.json").is_file():
         if checkpoint is not None or own_tokenizer:

@@ -181,8 +181,7 @@ def start(
 def step(system: System, state: State) -> State:
     """The state after one more step (scale); the given one stays as it is and can be stepped again."""
     stepper = stepper_of(system)
-    if not isinstance(state, State):
-        raise TypeError(f"expected a state, got {brief(state)}; ns.start(system, labels) gives the first")
+    _check_state(state)
     if stepper.done(system, state):
         raise ValueError("this state has taken all of its steps; `ns.finish(system, state)` makes the images")
     with plain_tensors():
@@ -197,6 +196,7 @@ def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
     if on_scale is not None and not callable(on_scale):
         raise ValueError(f"on_scale: expected a function of (k, images), got {brief(on_scale)}")
     stepper = stepper_of(system)
+    _check_state(state)
     while not stepper.done(system, state):
         state = step(system, state)
         if on_scale is not None:
@@ -206,8 +206,15 @@ def run(system: System, state: State, on_scale: OnScale | None = None) -> State:
 
 def finish(system: System, state: State) -> Tensor:
     """What the system gives of a state, images [B, 3, H, W] in [-1, 1]: after the last step, or earlier as a preview."""
+    stepper = stepper_of(system)
+    _check_state(state)
     with plain_tensors():
-        return stepper_of(system).finish(system, state)
+        return stepper.finish(system, state)
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, State):
+        raise TypeError(f"expected a state, got {brief(state)}; ns.start(system, labels) gives the first")
 
 
 def sample_tokens(

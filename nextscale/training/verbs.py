@@ -24,7 +24,8 @@ from nextscale.extras import need
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import Images
 from nextscale.processes import Team
-from nextscale.system import System, refuse_mps
+from nextscale.settings import brief
+from nextscale.system import System, check_device
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.export import forget_start, keep_start
 from nextscale.training.finetune import add_lora, merge_lora
@@ -281,7 +282,12 @@ class NoItems(Dataset[dict[str, Any]]):
 def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     """The processes that train together, and the settings with this one's own device. Raises ValueError, before any work, for
     a batch that they cannot share."""
-    refuse_mps(config.device)
+    check_device(config.device)
+    cores = os.cpu_count() or 1
+    if config.workers > 16 * cores:
+        raise ValueError(
+            f"workers: expected at most 16 for each of {cores} cores, got {config.workers}; 2 to 8 are usual"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.shard and config.precision == "float16":
@@ -317,6 +323,8 @@ def _some(val: Dataset | None) -> Dataset | None:
 
 def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | None) -> None:
     """Without augmentation, which checks and reduces what it gets, content must have the system's size."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        raise ValueError(f"expected a data set with one item or more, got {brief(data)}")
     field, item = system.output.field, data[0]
     if field not in item:
         raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
