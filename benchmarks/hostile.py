@@ -202,10 +202,12 @@ class Trial:
             faults.append(f"takes {cpu:.0f} s, {memory / 1e9:.1f} GB")
         if self.canary.exists():
             faults.append("EXECUTED what a file held")
-        if changed := [name for name in before if name not in self.case.outputs and after.get(name) != before[name]]:
+        kept = [name for name in before if not name.startswith(self.case.outputs)]
+        if changed := [name for name in kept if after.get(name) != before[name]]:
             faults.append(f"changed {changed[0]}")
-        if code not in (0, 70) and not faults:
-            if code != self.case.status or len(errors) != (self.case.status == 2):
+        judged = self.case.words[:1] == ("check-run",) and code == 1  # a curve that leaves its band
+        if code not in (0, 70) and not judged and not faults:
+            if code != 2 or len(errors) != 1:
                 faults.append(f"status {code} with {len(errors)} lines of error")
             if len(lines[-1:]) and len(lines[-1]) > LONGEST:
                 faults.append(f"a message of {len(lines[-1])} characters")

@@ -279,7 +279,7 @@ def explain_mismatch(
 
 def find_folder(name: str | os.PathLike[str]) -> Path:
     """The folder of a system by name; one of the hub is fetched."""
-    if not isinstance(name, str | os.PathLike):
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise ValueError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
     systems = shipped()
     if str(name) in systems:

@@ -29,14 +29,16 @@ def parse(function: Callable[..., None], words: Sequence[str], prog: str) -> Cal
         return tyro.cli(_deferred(function), prog=prog, args=list(words), config=CONFIG, use_underscores=False)
 
 
-# Options of several values, whose absence tyro takes for none.
+# Options of several values, whose absence tyro takes for none. An empty value is most often a shell's unset variable.
 SEVERAL = ("--labels", "--sizes", "--loss.scale-weights")
 
 
-def _check_values(words: Sequence[str], prog: str) -> None:
+def check_values(words: Sequence[str], prog: str) -> None:
+    """Refuse options without the value that they need."""
     for word, following in zip(words, [*words[1:], "--"], strict=True):
-        if word in SEVERAL and following.startswith("--"):
-            raise ValueError(f"{word} needs a value; `{prog} --help` explains all options")
+        empty = word.startswith("--") and word != "--prompt" and (not following or word.endswith("="))
+        if empty or (word in SEVERAL and following.startswith("--")):
+            raise ValueError(f"{word.rstrip('=')} needs a value; `{prog} --help` explains all options")
 
 
 def parse_one_of(functions: Mapping[str, Callable[..., None]], words: Sequence[str], prog: str, about: str) -> Call:
@@ -65,7 +67,7 @@ def _in_one_sentence(words: Sequence[str], prog: str) -> Iterator[None]:
     if {"-h", "--help"} & set(words):  # which ends by itself
         yield
         return
-    _check_values(words, prog)
+    check_values(words, prog)
     said = io.StringIO()
     try:
         with redirect_stderr(said), _wide():

@@ -173,6 +173,8 @@ def save(
     if to is None:
         raise ValueError("save needs --to: the folder to write to")
     check_writable(to / "config.json")
+    if (to / "config.json").exists():
+        raise ValueError(f"{to} holds a system already; choose another folder, or delete that one first")
     run = Path(system)
     if (run / "state.json").is_file() or (
         (run / "checkpoints").is_dir() and not (run / "system" / "config.json").is_file()

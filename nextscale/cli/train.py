@@ -9,7 +9,7 @@ import tyro
 
 from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_writable
-from nextscale.cli.parse import parse_one_of
+from nextscale.cli.parse import check_values, parse_one_of
 from nextscale.data.dataset import Relabelled
 from nextscale.data.source import DRAWINGS, SourceImages, open_images, remember
 from nextscale.data.transforms import PHOTOS, AugmentSettings
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--preset", "--data", "--tokenizer", "--init-from"):
         early.add_argument(option, nargs="?")  # without a name: tyro says it
+    check_values(arguments, "nextscale train")
     named = early.parse_known_args(arguments)[0]
     base = named.init_from or named.tokenizer
     if base and not named.recipe:  # a trained system says what it is
