@@ -312,7 +312,7 @@ def pairs() -> Iterator[Case]:
         (*TOKENIZER, "--system.sizes", "0"),
         (*TOKENIZER, "--system.sizes", "1", "4096", "4096"),
         (*TOKENIZER, "--system.sizes", *["4096"] * 900),
-        (*TOKENIZER, "--system.sizes", "1", "1000"),
+        (*TOKENIZER[:-2], "--batch-size", "64", "--system.sizes", "1", "1000"),
         (*TOKENIZER, "--system.autoencoder.multipliers", *["1"] * 30),
         (*TOKENIZER, "--system.autoencoder.multipliers", "256", "256", "256"),
         (*TOKENIZER, "--shard"),
@@ -850,6 +850,7 @@ def samples(count: int = 12, **more: bytes | Callable[[int], bytes]) -> dict[str
     return found
 
 
+CACHE = ("generator/encoded/",)
 SHARDS: dict[str, tuple[bytes, Wanted]] = {
     "whole": (members(samples(cls=lambda n: str(n % 2).encode())), "work"),
     "words": (members(samples(cls=lambda n: [b"cat", b"dog"][n % 2])), "work"),
@@ -953,11 +954,16 @@ def shards() -> Iterator[Case]:
         "no file": Path.unlink,
     }.items():
         yield Case(
-            "shards", f"our own: {name}", again, partial(encoded, name="*.safetensors", change=change), wanted="either"
+            "shards",
+            f"our own: {name}",
+            again,
+            partial(encoded, name="*.safetensors", change=change),
+            wanted="either",
+            outputs=CACHE,
         )
     for name, content in RAW_CONFIG.items():
         make = partial(encoded, name="index.json", change=lambda path, content=content: path.write_bytes(content))
-        yield Case("shards", f"our own: index.json is {name}", again, make, wanted="either")
+        yield Case("shards", f"our own: index.json is {name}", again, make, wanted="either", outputs=CACHE)
 
 
 # ---- Python -----------------------------------------------------------------------------------------------------------

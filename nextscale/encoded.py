@@ -434,7 +434,7 @@ def _holds(path: Path, key: dict[str, Any], rows: int) -> bool:
             if json.loads((file.metadata() or {}).get("key", "null")) != key:
                 return False
         return _count(path) == rows and _digest_path(path).read_text(encoding="utf-8").strip() == digest(path)
-    except (OSError, SafetensorError, ValueError, KeyError, IndexError):
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, RecursionError):
         return False
 
 

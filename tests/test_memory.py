@@ -1,10 +1,16 @@
-"""What training tells glibc, and when it does not."""
+"""What training tells glibc, and what it looks at before it takes memory."""
 
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 
 import pytest
+
+from nextscale.recipes.generators import var
+from nextscale.training import memory
+from nextscale.training.config import TrainConfig
 
 PROGRAM = """
 import resource
@@ -37,3 +43,25 @@ def test_freed_memory_is_kept_for_the_next_step():
     """Each page that comes back from the system is a fault: hundreds of thousands, or few."""
     assert faults(MALLOC_TRIM_THRESHOLD_="131072") > 200_000  # what the user said holds
     assert faults() < 50_000
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "settings", "refused"),
+    [
+        ("tokenizer", {}, {}, False),
+        ("model", {}, {}, False),
+        ("tokenizer", {}, {"batch_size": 1_000_000}, True),
+        ("model", {}, {"batch_size": 1_000_000}, True),
+        ("model", {}, {"batch_size": 1_000_000, "recompute": True}, False),
+        ("tokenizer", {"autoencoder": {"width": 4096, "multipliers": (64, 64)}}, {}, True),
+        ("model", {"transformer": {"depth": 100, "dim": 65536}}, {}, True),
+    ],
+)
+def test_a_shape_that_cannot_fit_is_refused_before_it_is_built(trained, changes, settings, refused, monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 16e9)
+    tiny = var.tiny().model_dump()
+    shape = var.Config.model_validate(tiny | {name: tiny[name] | change for name, change in changes.items()})
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="GB or more, and this machine has 16") if refused else nullcontext():
+        memory.built_to_train(lambda: var.build(shape), trained, TrainConfig(**settings))
+    assert time.process_time() - begun < 10

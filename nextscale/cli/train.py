@@ -111,8 +111,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             built.model = None
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
-            rows = train.batch_size // train.accumulate
-            built = built_to_train(lambda: module.build(system, seed=train.seed, model=False), rows, "tokenizer")
+            built = built_to_train(lambda: module.build(system, seed=train.seed, model=False), "tokenizer", train)
         images = load_data(source, built, oversample, augmentation)
         remember(source.named(), folder)
         train_tokenizer(
@@ -207,8 +206,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
             shape = config.for_classes(images.classes)
-            rows = train.batch_size // train.accumulate
-            system = built_to_train(lambda: module.build(shape, seed=train.seed), rows, "model")
+            system = built_to_train(lambda: module.build(shape, seed=train.seed), "model", train)
             system.tokenizer = base.tokenizer
         train_model(
             system,

@@ -27,12 +27,12 @@ def read_metrics(path: PathLike) -> Curves:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; expected the metrics.jsonl of a training run, or its folder")
     curves: Curves = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
             step = int(values["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number < len(lines):
                 warnings.warn(f"{path}, line {number}, is not a line of metrics and is left out", stacklevel=2)
             continue

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nextscale.evaluation.curves import read_metrics
+from nextscale.files import read_json
+from nextscale.settings import brief, cut
 
 Kind = Literal["tokenizer", "generator"]
 # What is compared: few, and the same names in all runs of a kind.
@@ -84,13 +86,17 @@ def check_run(out: str | os.PathLike[str], preset: str = "emoji-64") -> list[Dep
     known = presets()
     if preset not in known:
         raise ValueError(f"no bands for the preset {preset!r}; there are {', '.join(known)}")
+    path = out / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{out} has no run.json; expected the folder of a run of `nextscale train`")
+    facts = read_json(path, expected="the record of a run")
     try:
-        facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        kind, batch_size = facts["kind"], facts["config"]["batch_size"]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{out} has no run.json; expected the folder of a run of `nextscale train`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / 'run.json'} cannot be read: {error}") from error
+        kind, batch_size = facts["kind"], int(facts["config"]["batch_size"])
+        if kind not in known[preset]:
+            raise ValueError(f"kind {brief(kind)}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        said = f"{path} is not the record of a run, of a tokenizer or a generator: {cut(str(error), 100)}"
+        raise ValueError(f"{said}; expected the folder of a run of `nextscale train`") from error
     departures = []
     for metric, band in known[preset][kind].items():
         curve = [(images, value) for images, value in _curve(out, metric, batch_size) if images <= band["images"][-1]]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextscale.files import atomic_write
+from nextscale.files import atomic_write, parse_json
 from nextscale.progress import Bar
 
 MAX_PICKLE_BYTES = (
@@ -156,10 +156,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """Entries and the files that they are in."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(f"{path} is larger than {MAX_INDEX_BYTES} bytes; that is no index of shards")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy or download it again") from error
+    content = parse_json(path.read_bytes(), str(path))
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{path} has no weight_map of entries and files; copy or download it again")

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
 
 from nextscale.system import System
+from nextscale.training.config import TrainConfig
 
 # Of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -48,17 +48,21 @@ def keep_freed_memory() -> None:
 KEPT = 5 * 4
 
 
-def built_to_train(build: Callable[[], System], batch: int, trained: str) -> System:
+def built_to_train(build: Callable[[], System], trained: str, config: TrainConfig) -> System:
     """A new system, after a look, without memory, at whether its training fits into that of this machine.
 
-    trained: `tokenizer` or `model`. batch: images in a forward pass. What is counted, weights and the outputs of layers, is
-    less than what training takes. Raises ValueError with the two numbers.
+    trained: `tokenizer` or `model`. What is counted, weights and the outputs of layers, is less than what training takes.
+    Accelerators say themselves what is too much, and several processes may share it. Raises ValueError with the two numbers.
     """
+    if torch.device(config.device).type != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
+        return build()
     with torch.device("meta"):
         system = build()
     module = getattr(system, trained)
     needed = KEPT * sum(parameter.numel() for parameter in module.parameters())
-    needed += 4 * batch * (_outputs(system) if trained == "tokenizer" else system.schedule.length * _widths(module))
+    if not config.recompute:
+        height, width = system.schedule[-1]
+        needed += 4 * (config.batch_size // config.accumulate) * height * width * _widths(module)
     if needed > (there := machine_memory()):
         raise ValueError(
             f"training this {trained} takes {needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:.0f}; choose a "
@@ -67,10 +71,13 @@ def built_to_train(build: Callable[[], System], batch: int, trained: str) -> Sys
     return build()
 
 
-def _widths(model: nn.Module) -> int:
-    """Numbers that a transformer's linear layers put out for a token; modulations are for images."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "modulation" not in name]
-    return sum(layer.out_features for layer in layers)
+def _widths(module: nn.Module) -> int:
+    """Numbers that layers put out for a place of the token map, without those of finer maps."""
+    convolutions = [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    if convolutions:
+        return sum(convolutions)
+    named = module.named_modules()
+    return sum(m.out_features for name, m in named if isinstance(m, nn.Linear) and "modulation" not in name)
 
 
 def machine_memory() -> float:
@@ -79,22 +86,3 @@ def machine_memory() -> float:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
         return float("inf")
-
-
-def _outputs(system: System) -> int:
-    """Numbers that the layers of a tokenizer put out for an image, which the backward pass wants."""
-    count = 0
-
-    def add(module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal count
-        count += output.numel() if isinstance(output, torch.Tensor) else 0
-
-    tokenizer: Any = system.tokenizer
-    layers = [module for module in tokenizer.modules() if not list(module.children())]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    image = torch.zeros(1, *system.output.shape(system.schedule, tokenizer.stride), device="meta")
-    with torch.no_grad():
-        tokenizer.decode(tokenizer.features(image))
-    for hook in hooks:
-        hook.remove()
-    return count

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from nextscale.checkpoint import explain_mismatch
 from nextscale.contracts import Objective
 from nextscale.encoded import hash_weights
 from nextscale.processes import Team
-from nextscale.settings import Settings, brief
+from nextscale.settings import Settings, brief, faults
 from nextscale.training.average import Average
 from nextscale.training.checkpoints import Checkpoints
 
@@ -106,6 +107,14 @@ def save_state(
     )
 
 
+class RunFacts(Settings):
+    """What a checkpoint says beside its tensors."""
+
+    settings: dict[str, Any]
+    averaged: int = Field(0, ge=0)
+    scalers: dict[str, dict[str, Any]] = Field({})
+
+
 def resume(
     checkpoints: Checkpoints, task: Task, average: Average | None, settings: Mapping[str, Any], team: Team
 ) -> int:
@@ -120,7 +129,13 @@ def resume(
         checkpoints.clear(after=found.step if found else 0)
     if found is None:
         return 0
-    refuse_others(found.facts["settings"], settings, checkpoints.folder.parent)
+    try:
+        facts = RunFacts.model_validate(found.facts)
+    except ValidationError as error:
+        raise ValueError(
+            f"{found.path} is not the checkpoint of a training: {faults(error)}; give another --out, or move it away"
+        ) from error
+    refuse_others(facts.settings, settings, checkpoints.folder.parent)
     shapes = found.shapes()
     try:
         explain_mismatch(
@@ -135,9 +150,9 @@ def resume(
         _prepare(optimizer, dict(task.module.named_parameters()), _part(shapes, f"optimizers.{kind}."))
     found.fill(_tensors(task, average), checkpoints.team)
     if average:
-        average.count = found.facts["averaged"]
+        average.count = facts.averaged
     for name, scaler in task.scalers.items():
-        scaler.load_state_dict(found.facts["scalers"][name])
+        scaler.load_state_dict(facts.scalers[name])
     return found.step
 
 
