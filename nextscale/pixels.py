@@ -1,6 +1,7 @@
 """What users call images, as tensors: Pillow images, arrays, bytes and floats of any sure meaning."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,8 +185,9 @@ def opened(source: Any, name: str) -> Iterator[Image.Image]:
         raise
     # Pillow's readers answer damaged data with whatever their parsing meets (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
+        said = re.sub(r" ?<_io\.\S+ object at \S+>", "", str(error))
         raise ValueError(
-            f"{name} cannot be read as an image ({type(error).__name__}: {error}); expected a whole file in a format "
+            f"{name} cannot be read as an image ({type(error).__name__}: {said}); expected a whole file in a format "
             "that Pillow knows, so convert it or replace it"
         ) from error
 

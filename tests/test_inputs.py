@@ -69,8 +69,37 @@ def test_what_a_folder_holds_is_used_or_counted(tmp_path):
         "in a format that is not read, .cr2": 1,
         "that are no files, or links to nothing": 1,
         "that cannot be read": 1,
+        "hidden, or left behind by a system": 1,
     }
-    assert data.left_out.total == 9 and "left out 5 of 9: " in data.left_out.summary()
+    assert data.left_out.total == 10 and "left out 6 of 10: " in data.left_out.summary()
+
+
+def test_what_is_read_in_part_is_said(tmp_path):
+    root = tree(tmp_path / "root", {"a/1.png": None})
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100)]
+    frames[0].save(root / "a" / "2.gif", save_all=True, append_images=frames[1:])
+    Image.new("L", (16, 400)).save(root / "a" / "3.png")
+    with pytest.warns(UserWarning) as said:
+        ns.image_folder(root, 16)
+        ns.read_images([root / "a" / "2.gif", root / "a" / "3.png"], 16)
+    texts = [str(warning.message) for warning in said]
+    assert any("1 of 3 images in" in text and "several frames" in text and "a/2.gif" in text for text in texts)
+    assert any(
+        "1 of 3 images in" in text and "16 times as long as wide" in text and "a/3.png" in text for text in texts
+    )
+    assert any(text.endswith("a/2.gif has several frames; the first is used") for text in texts)
+    assert any("a/3.png is more than 16 times as long as wide" in text for text in texts)
+
+
+def test_a_root_with_val_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has val but no folder train"):
+        ns.image_folder(tree(tmp_path, {"val/a/1.png": None}), 16)
+
+
+def test_a_link_to_the_root_adds_nothing(tmp_path):
+    root = tree(tmp_path, {"a/1.png": None, "b/2.png": None})
+    (root / "b" / "up").symlink_to(root)
+    assert len(ns.image_folder(root, 16).train) == 2
 
 
 def test_what_is_left_out_is_warned_of_once(tmp_path):
@@ -147,7 +176,8 @@ BAD_CAPTIONS = {
     "no JSON": ("metadata.jsonl", b'{"file_name": "a/1.png"\n', "line 1 of .*metadata.jsonl is not JSON"),
     "no file name": ("metadata.jsonl", b'{"text": "a"}\n', "line 1 of .* needs file_name and text"),
     "a number": ("metadata.jsonl", b'{"file_name": "a/1.png", "text": 7}\n', "needs file_name and text"),
-    "a table without names": ("metadata.csv", b"a,b\n1,2\n", "line 2 of .* needs file_name"),
+    "another place": ("metadata.jsonl", b'{"file_name": "../a/1.png", "text": "a"}\n', "is not below it; take it out"),
+    "a table without names": ("metadata.csv", b"a,b\n1,2\n", "the first line of .* must name the columns"),
     "large": ("a/1.txt", b"a" * 200_000, "larger than a caption may be"),
 }
 
@@ -160,6 +190,12 @@ def test_captions_that_cannot_be_understood(name, tmp_path):
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [b"1.5", b"1.", b"-.5", b"1.0"])
+def test_labels_that_are_fractions_are_refused(label, tmp_path):
+    with pytest.raises(ValueError, match="expected a whole number or a name"):
+        ns.web_shards(shard(tmp_path / "a.tar", {"a.png": None, "a.cls": label}), 16)
 
 
 def test_every_sample_of_a_shard_is_used_or_counted(tmp_path):
@@ -182,7 +218,11 @@ def test_every_sample_of_a_shard_is_used_or_counted(tmp_path):
     data = ns.web_shards(shard(tmp_path / "a.tar", members), 16)
     assert data.classes == ("cat", "dog")
     assert [(data.train[i]["name"], data.train[i]["label"]) for i in range(3)] == [("a", 0), ("b.15", 1), ("c.16", 0)]
-    assert data.left_out.counts == {"in a format that is not read, .heic": 1, "without a label": 2}
+    assert data.left_out.counts == {
+        "in a format that is not read, .heic": 1,
+        "without a label": 2,
+        "hidden, or left behind by a system": 1,
+    }
     assert data.train[0]["caption"] == "a cat"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from nextscale.files import brief_path, check_readable, parse_json
-from nextscale.settings import brief
+from nextscale.settings import brief, cut
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 MOST_TABLE_BYTES = 2_000_000_000
@@ -23,6 +24,7 @@ def captions_of(paths: Sequence[Path], root: Path) -> tuple[list[str], str]:
     some, the others say nothing: an empty caption. Raises ValueError for tables and texts that cannot be understood.
     """
     tables: dict[Path, dict[str, str]] = {}
+    named: set[Path] = set()
     captions: list[str | None] = []
     sources = set()
     for path in paths:
@@ -37,10 +39,18 @@ def captions_of(paths: Sequence[Path], root: Path) -> tuple[list[str], str]:
                 tables[folder] = _table(folder)
             if (found := tables[folder].get(path.relative_to(folder).as_posix())) is not None:
                 sources.add("metadata")
+                named.add(path)
                 break
             if folder == root:
                 break
         captions.append(found)
+    for folder, table in tables.items():
+        if lost := [name for name in table if folder / name not in named and not (folder / name).is_file()]:
+            shown = cut(", ".join(lost[:3]), 200)
+            warnings.warn(f"{len(lost)} lines of the metadata in {folder} name no file there: {shown}", stacklevel=3)
+        outside = [name for name in table if ".." in Path(name).parts or Path(name).is_absolute()]
+        if outside:
+            raise ValueError(f"the metadata in {folder} names {brief(outside[0])}, which is not below it; take it out")
     if not sources:
         return [path.stem for path in paths], "the files' names"
     return [caption or "" for caption in captions], " and ".join(sorted(sources))
@@ -74,7 +84,13 @@ def _table(folder: Path) -> dict[str, str]:
     found = {}
     if path.suffix == ".csv":
         try:
-            rows = [(number, row) for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=2)]
+            reader = csv.DictReader(io.StringIO(text))
+            if "file_name" not in (reader.fieldnames or ()):
+                raise ValueError(
+                    f"the first line of {brief_path(path)} must name the columns, file_name and text, got "
+                    f"{brief(','.join(reader.fieldnames or ()))}"
+                )
+            rows = list(enumerate(reader, start=2))
         except csv.Error as error:
             raise ValueError(f"{brief_path(path)} is no table of commas: {error}") from None
     else:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
-from nextscale.data.images import MOST_ASPECT, Size, height_width
+from nextscale.data.images import MOST_ASPECT, Seen, Size, height_width
 from nextscale.data.left_out import LeftOut
 from nextscale.progress import Bar
-from nextscale.settings import brief
+from nextscale.settings import cut
 
 T = TypeVar("T")
 Broken = Literal["skip", "refuse"]
@@ -19,22 +19,24 @@ Broken = Literal["skip", "refuse"]
 
 def sound(
     items: Sequence[T],
-    examine: Callable[[T], tuple[int, int]],
+    examine: Callable[[T], Seen],
     where: str,
     size: Size,
     broken: Broken,
     progress: bool,
     left_out: LeftOut,
+    name: Callable[[T], str] = str,
 ) -> list[T]:
-    """The items that can be read; `examine(item)` returns an image's shorter and longer side, or raises. Others are counted.
+    """The items that can be read; `examine(item)` returns what an image is, or raises. Others are counted.
 
-    `where` the items are, for what is said. Damaged ones: "skip" leaves them out with a warning, "refuse" raises ValueError
-    with their names. Also warns of images that are smaller than `size`. Raises ValueError if none can be read.
+    `where` the items are, and the `name` of each, for what is said. Damaged ones: "skip" leaves them out with a warning,
+    "refuse" raises ValueError with their names. Also warns of images that are smaller than `size`, and of those that are not
+    used whole. Raises ValueError if none can be read.
     """
     if broken not in ("skip", "refuse"):
         raise ValueError(f'broken: expected "skip" or "refuse", got {broken!r}')
 
-    def answer(item: T) -> str | tuple[int, int]:
+    def answer(item: T) -> str | Seen:
         try:
             return examine(item)
         except (ValueError, OSError) as error:
@@ -55,7 +57,7 @@ def sound(
             raise ValueError(f'{text}\nreplace or remove them, or pass broken="skip" to go on without them')
         for reason in bad:
             left_out.add("that cannot be read", reason.partition(" cannot be read")[0])
-        if not any(isinstance(found, tuple) for found in answers):
+        if not any(isinstance(found, Seen) for found in answers):
             raise ValueError(
                 f"{where}: expected images, but none of its {len(items)} image files can be read:{shown}{more}"
             )
@@ -66,15 +68,18 @@ def sound(
             f"{where}: expected images, but none of its {len(items)} image files can be read; replace them"
         )
     least = max(height_width(size))
-    sides = [found for found in answers if isinstance(found, tuple)]
-    if narrow := [sides for sides in answers if isinstance(sides, tuple) and sides[1] > MOST_ASPECT * sides[0]]:
-        names = [str(item) for item, found in zip(items, answers, strict=True) if found in narrow][:3]
-        warnings.warn(
-            f"{len(narrow)} of {len(kept)} images in {where} are more than {MOST_ASPECT} times as long as wide, and only their "
-            f"middle is used: {brief(', '.join(names), 200)}",
-            stacklevel=3,
-        )
-    if small := [side for side, _ in sides if side < least]:
+    seen = [(name(item), found) for item, found in zip(items, answers, strict=True) if isinstance(found, Seen)]
+    partly = {
+        f"more than {MOST_ASPECT} times as long as wide, and only their middle is used": [
+            n for n, s in seen if s.narrow
+        ],
+        "of several frames, and only the first is used": [n for n, s in seen if s.frames],
+    }
+    for what, names in partly.items():
+        if names:
+            shown = cut(", ".join(names[:3]), 200)
+            warnings.warn(f"{len(names)} of {len(kept)} images in {where} are {what}: {shown}", stacklevel=3)
+    if small := [found.short for _, found in seen if found.short < least]:
         warnings.warn(
             f"{len(small)} of {len(kept)} images in {where} are smaller than {least} pixels (down to {min(small)}) and are "
             "enlarged, so they are blurred; take larger ones, or train at a smaller size",

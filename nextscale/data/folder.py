@@ -17,7 +17,15 @@ from torch import Tensor
 from nextscale.data.captions import TABLES, captions_of
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, check_share, examine_image, height_width, read_image_file, readable_extensions
+from nextscale.data.images import (
+    Seen,
+    Size,
+    check_share,
+    examine_image,
+    height_width,
+    read_image_file,
+    readable_extensions,
+)
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
 from nextscale.files import as_path, brief_path
@@ -113,7 +121,7 @@ def image_folder(
     The class of an image is the subfolder of `path` that it is in, at any depth, linked ones too; a folder of images without
     subfolders that hold some is one class with the folder's name. If all subfolders are called `train`, `val` (`valid`,
     `validation`) or `test`, each is such a folder, and they are the split. Captions: see `captions_of`. What is not used is
-    counted in `left_out`, with a warning, but for hidden files and `__MACOSX`.
+    counted in `left_out`, with a warning; of hidden files, and of those in `__MACOSX`, only what is called an image.
     `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. `whole`: images are not cropped, so as large as
     they must be to cover `size`. Images that are smaller are enlarged, with a warning. `broken`: "skip" leaves damaged files
     out with a warning, "refuse" raises ValueError with their names. `validation`: share held out, in [0, 1), by content, so
@@ -134,13 +142,13 @@ def image_folder(
     captions, captions_from = captions_of([file for file, _ in found], root)
     stamps: dict[Path, str] = {}
 
-    def examine(one: tuple[Path, int]) -> tuple[int, int]:
+    def examine(one: tuple[Path, int]) -> Seen:
         content = one[0].read_bytes()
         stamps[one[0]] = hashlib.blake2b(content, digest_size=16).hexdigest()
         return examine_image(io.BytesIO(content), str(one[0]))
 
     def look(files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-        return sound(files, examine, str(root), size, broken, progress, left_out)
+        return sound(files, examine, str(root), size, broken, progress, left_out, lambda one: str(one[0]))
 
     caption_of = {file: caption for (file, _), caption in zip(found, captions, strict=True)}
     kept = look(found)
@@ -204,6 +212,18 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in IGNORED
 
 
+HIDDEN = "hidden, or left behind by a system"
+
+
+def _count_hidden(folder: Path, root: Path, endings: frozenset[str], left_out: LeftOut) -> None:
+    """Count what is called an image in a folder that is not read."""
+    for parent, _, leaves in os.walk(folder):
+        for file in (Path(parent, leaf) for leaf in leaves):
+            if file.suffix.lower() in endings:
+                left_out.total += 1
+                left_out.add(HIDDEN, str(file.relative_to(root)))
+
+
 def _folders(root: Path) -> list[Path]:
     """The subfolders that may be classes, in the order of the classes: by name, names that are all numbers by number."""
     folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not hidden(child.name)]
@@ -225,8 +245,11 @@ def _splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """The folders of training and validation, if all subfolders are such; else none."""
     folders = _folders(root)
     kinds = {folder: SPLITS.get(folder.name.lower()) for folder in folders}
-    if not folders or None in kinds.values() or "train" not in kinds.values():
+    if not folders or None in kinds.values():
         return {}
+    if "train" not in kinds.values():
+        names = ", ".join(folder.name for folder in folders)
+        raise ValueError(f"{root} has {names} but no folder train; add it, or name the folder of the images itself")
     if len(set(kinds.values())) < len(kinds):
         names = ", ".join(folder.name for folder in folders)
         raise ValueError(f"{root} has several folders for one split ({names}); keep one of each kind")
@@ -246,7 +269,12 @@ def _find(root: Path, left_out: LeftOut) -> tuple[list[tuple[Path, int]], tuple[
 
     def is_image(file: Path) -> bool:
         """Whether it is one; what is not is counted, but for what says something of images."""
-        if hidden(file.name) or file.name in TABLES:
+        if hidden(file.name):
+            if file.suffix.lower() in endings:
+                left_out.total += 1
+                left_out.add(HIDDEN, str(file.relative_to(root)))
+            return False
+        if file.name in TABLES:
             return False
         if file.suffix.lower() == ".txt" and any(
             file.with_suffix(end).is_file() for end in (".png", ".jpg", ".jpeg", ".webp")
@@ -265,16 +293,21 @@ def _find(root: Path, left_out: LeftOut) -> tuple[list[tuple[Path, int]], tuple[
         return False
 
     folders = _folders(root)
+    for child in sorted(root.iterdir()):
+        if child.is_dir() and hidden(child.name):
+            _count_hidden(child, root, endings, left_out)
     direct = [child for child in sorted(root.iterdir()) if not child.is_dir() and is_image(child)]
     found = []
     for number, folder in enumerate(folders):
-        files, seen = [], set()
+        files, seen = [], {os.path.realpath(root)}
         for parent, names, leaves in os.walk(folder, followlinks=True):
             place = os.path.realpath(parent)
             if place in seen:  # a link that leads back
                 names[:] = []
                 continue
             seen.add(place)
+            for name in filter(hidden, names):
+                _count_hidden(Path(parent, name), root, endings, left_out)
             names[:] = sorted(name for name in names if not hidden(name))
             files += [file for leaf in leaves if is_image(file := Path(parent, leaf))]
         found += [(file, number) for file in sorted(files)]

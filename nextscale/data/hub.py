@@ -11,7 +11,7 @@ from typing import Any
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.images import Size, check_share, decode_image, examine_image
+from nextscale.data.images import Seen, Size, check_share, decode_image, examine_image
 from nextscale.data.left_out import LeftOut
 from nextscale.data.shards import numbered
 from nextscale.extras import need
@@ -174,7 +174,7 @@ def hub_images(
 def _sound(rows: Any, image: str, size: Size, broken: Broken, progress: bool, left_out: LeftOut) -> Any:
     """The rows whose images can be read."""
 
-    def examine(index: int) -> tuple[int, int]:
+    def examine(index: int) -> Seen:
         try:
             picture = rows[index][image]  # the library decodes it
         except OSError as error:

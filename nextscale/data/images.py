@@ -5,10 +5,11 @@ import io
 import math
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,26 +101,50 @@ def picture_size(path: PathLike) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def examine_image(source: Any, name: str) -> tuple[int, int]:
-    """Decode all of an image, as cheaply as its format allows; returns its shorter and its longer side. Errors as in
-    `decode_image`."""
+class Seen(NamedTuple):
+    """What a look at an image found: its shorter and its longer side, and whether it has further frames."""
+
+    short: int
+    long: int
+    frames: bool = False
+
+    @property
+    def narrow(self) -> bool:
+        """Whether only its middle is read."""
+        return self.long > MOST_ASPECT * self.short
+
+
+def _look(image: Image.Image) -> Seen:
+    return Seen(min(image.size), max(image.size), bool(getattr(image, "is_animated", False)))
+
+
+def examine_image(source: Any, name: str) -> Seen:
+    """Decode all of an image, as cheaply as its format allows. Errors as in `decode_image`."""
     with opened(source, name) as image:
-        sides = min(image.size), max(image.size)
+        seen = _look(image)
         image.draft("RGB", (8, 8))  # a JPEG is read whole, but only an eighth of its pixels are made
         rgb_on_white(image)
-        return sides
+        return seen
 
 
 def read_images(paths: PathLike | Iterable[PathLike], size: Size, channels: int = 3) -> Tensor:
     """Image files as float [B, channels, h, w] in [-1, 1], each resized by its short side and centre-cropped to `size`.
 
     `paths`: one path or several; `size`: side of a square, or (height, width); `channels`: 3, 1 (greys) or 4 (with opacity).
-    Errors as in `read_image_file`.
+    Warns of images of which only the middle or the first frame is used. Errors as in `read_image_file`.
     """
     files = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike) else [paths]
     if not files:
         raise ValueError("read_images: expected at least one path, got none")
-    return to_float(torch.stack([read_image_file(path, size, channels) for path in files]))
+    images = torch.stack([read_image_file(path, size, channels) for path in files])
+    for path in files:
+        with Image.open(path) as image:  # its head
+            seen = _look(image)
+        if seen.narrow:
+            warnings.warn(f"{path} is more than {MOST_ASPECT} times as long as wide; its middle is used", stacklevel=2)
+        if seen.frames:
+            warnings.warn(f"{path} has several frames; the first is used", stacklevel=2)
+    return to_float(images)
 
 
 def image_grid(

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.folder import hidden
-from nextscale.data.images import Size, check_share, decode_image, examine_image, readable_extensions
+from nextscale.data.folder import HIDDEN, hidden
+from nextscale.data.images import Seen, Size, check_share, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
 from nextscale.files import as_path, brief_path, parse_json
@@ -154,7 +154,7 @@ def web_shards(
     ]
     stamps: dict[Place, str] = {}
 
-    def examine(place: Place) -> tuple[int, int]:
+    def examine(place: Place) -> Seen:
         file, name = _file(paths, place)
         stamps[place] = hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest()
         return examine_image(file, name)
@@ -263,10 +263,15 @@ def _index(path: Path, number: int, left_out: LeftOut) -> list[_Sample]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 file = member.name.rpartition("/")[2]
-                if member.isdir() or hidden(file) or "__MACOSX" in member.name.split("/"):
+                if member.isdir():
                     continue
                 stem, _, ending = member.name.rpartition(".")
                 ending = ending.lower()
+                if hidden(file) or "__MACOSX" in member.name.split("/"):
+                    if f".{ending}" in endings:
+                        left_out.total += 1
+                        left_out.add(HIDDEN, member.name)
+                    continue
                 left_out.total += f".{ending}" in endings or ending not in SAID
                 if not member.isfile():
                     left_out.add("that are links or devices", member.name)
@@ -311,4 +316,6 @@ def _field(ending: str, content: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"{brief_path(name)} is not UTF-8 (at byte {error.start})") from None
     if ending == "txt":
         return {"caption": text}
+    if re.fullmatch(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)", text):
+        raise ValueError(f"a label is {brief(text)}; expected a whole number or a name")
     return {"label": int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else text} if text else {}

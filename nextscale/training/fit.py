@@ -431,10 +431,12 @@ def _batches(loader: Any, checkpoints: Checkpoints) -> Iterator[Any]:
             batch = next(batches)
         except StopIteration:
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
+            died = isinstance(error, ConnectionError | EOFError)  # a process that loads images, while it sent one
+            what = "a process that loads images died" if died else "reading images failed"
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise OSError(
-                f"reading images failed ({cut(last, 300)}); {checkpoints.whole()}mend it and give the same command again"
+                f"{what} ({cut(last, 300)}); {checkpoints.whole()}mend it and give the same command again"
             ) from error
         yield batch
 
