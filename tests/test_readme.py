@@ -1,7 +1,6 @@
-"""The README is run: its Python block, and the options of its commands."""
+"""The README is run: its Python block, and the recipe of the guide. test_documents.py parses the commands."""
 
 import re
-import shlex
 import types
 from pathlib import Path
 
@@ -26,20 +25,6 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
     assert (tmp_path / "grid.png").stat().st_size > 1000
     assert names["images"].shape == (8, 3, *names["system"].image_size)
     assert names["logits"].shape[1] == names["system"].schedule.length
-
-
-def test_commands_exist():
-    lines = [part for block in blocks("sh") for line in block.splitlines() for part in line.split(";")]
-    commands = [shlex.split(part.split("#")[0]) for part in lines if part.strip().startswith("nextscale")]
-    assert len(commands) >= 8
-    from nextscale.cli import main
-
-    for command in commands:
-        asked = [word for word in command[1:3] if re.fullmatch("[a-z]+", word)]
-        kinds = asked[:2] if asked[0] == "train" else asked[:1]
-        with pytest.raises(SystemExit) as end:
-            raise SystemExit(main([*kinds, "--help"]))
-        assert not end.value.code, command
 
 
 def test_every_file_of_the_tree_exists():

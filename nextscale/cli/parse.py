@@ -35,7 +35,7 @@ SEVERAL = ("--labels", "--sizes", "--loss.scale-weights")
 
 def check_values(words: Sequence[str], prog: str) -> None:
     """Refuse options without the value that they need."""
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         empty = word.startswith("--") and word != "--prompt" and (not following or word.endswith("="))
         if empty or (word in SEVERAL and following.startswith("--")):
             raise ValueError(f"{word.rstrip('=')} needs a value; `{prog} --help` explains all options")
