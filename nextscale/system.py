@@ -406,7 +406,7 @@ def check_device(device: str | torch.device, name: str = "device") -> None:
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
-        raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {brief(device)}") from None
+        raise ValueError(f"cannot compute on {name} {cut(str(device), 60)}; expected cpu, cuda or cuda:1") from None
     if kind == "mps":
         raise ValueError(
             "the device mps is not supported: PyTorch lacks area pooling there to sizes that do not divide, which the pyramids "

@@ -165,6 +165,7 @@ def test_draws_of_the_parts_are_those_of_the_whole():
             assert torch.equal(got, all_rows[rows])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits():
     """The short form of `python benchmarks/kill_resume.py --kills 20`."""
     script = Path(__file__).parent.parent / "benchmarks" / "kill_resume.py"

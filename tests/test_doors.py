@@ -256,7 +256,7 @@ MISTAKES = {
     "samples 10^12": (lambda s: ns.evaluate(s, Held(), "out", samples=10**12), "2 to 1000000, got 1000000000000"),
     "weights of int8": (lambda s: ns.save(s, "out", dtype=torch.int8), "got torch.int8"),
     "a folder of None": (lambda s: ns.save(s, None), "path of a folder to write, got None"),
-    "a device of a name": (lambda s: ns.load("emoji-64", device="xyz"), "cpu, cuda or cuda:1, got 'xyz'"),
+    "a device of a name": (lambda s: ns.load("emoji-64", device="xyz"), "cannot compute on device xyz; expected cpu, cuda or cuda:1"),
     "a source of a name": (lambda s: ns.open_images("photos", 32), r"ns.DataSource.* got 'photos'"),
     "images of a number": (lambda s: ns.image_folder(5, 32), "path of a folder of images, got 5"),
     "a share of text": (lambda s: ns.image_folder("a", 32, validation="x"), r"share in \[0, 1\), got 'x'"),

@@ -180,7 +180,6 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             sampling: how the system samples by default
         """
         folder = checked("generator", out, train, oversample=oversample, views=views)
-        check_packages(train, lora=lora)
         if init_from and (tokenizer or sizes or transformer != defaults.transformer or sampling != defaults.sampling):
             raise ValueError(
                 "--init-from has its own tokenizer, scales, transformer and sampling; leave out --tokenizer, --sizes, "
@@ -190,6 +189,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             raise ValueError(f"--lora needs --init-from, a trained system, and a rank of at least 1, got {lora}")
         if not init_from and not tokenizer:
             raise ValueError("train generator needs --tokenizer: the folder of a tokenizer's run, or a system")
+        check_packages(train, lora=lora)
         base = trained(init_from or tokenizer, recipe)
         loss.check(len(sizes) or len(base.schedule))
         images = load_data(source, base, oversample, augmentation)
