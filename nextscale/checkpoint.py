@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -283,6 +284,10 @@ def find_folder(name: str | os.PathLike[str]) -> Path:
         raise ValueError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
     systems = shipped()
     if str(name) in systems:
+        if Path(name).is_dir():
+            warnings.warn(
+                f"{name} is the system that comes along, not the folder of that name; write ./{name}", stacklevel=3
+            )
         return systems[str(name)]
     folder = Path(name)
     if folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -204,6 +205,8 @@ def read_labels(
         takes, other = ("--prompt", "--labels") if reads_texts else ("--labels", "--prompt")
         raise ValueError(f"this system is told what to draw by {takes}, not by {other}; `nextscale list` names others")
     if prompt:
+        if not all(one.strip() for one in prompt):
+            warnings.warn("an empty prompt says nothing of the image; leave it out, or say what to draw", stacklevel=2)
         return list(prompt)
     if not text.strip():
         return list(reader.choices[:most])
@@ -233,11 +236,18 @@ def _labels(system: System, reader: Any, word: str) -> list[Label]:
 
 
 def _label(system: System, word: str) -> Label:
+    whole = re.fullmatch(r"-?[0-9]{1,18}", word)
     if word in system.classes:  # a class may be called "7" or "none"
+        if whole and system.classes.index(word) != int(word):
+            place = system.classes.index(word)
+            warnings.warn(f"--labels {word} is the class of that name, whose number is {place}", stacklevel=2)
         return word
+    if whole and system.classes and all(name.isdecimal() for name in system.classes):
+        shown = ", ".join(system.classes[:5]) + (", ..." if len(system.classes) > 5 else "")
+        raise ValueError(f"no class is called {word}; these classes have numbers as names: {shown}")
     if word.lower() == "none":
         return None
-    return int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else word
+    return int(word) if whole else word
 
 
 def caption(system: System, label: Label) -> str:
