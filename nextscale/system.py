@@ -363,7 +363,9 @@ def _token_map(tokens: Any, pyramid: Pyramid) -> Tokens:
     if values.ndim != 2 + len(dims) or tuple(values.shape[2:]) != dims:
         shape = ", ".join(["B", "l", *map(str, dims)])
         raise ValueError(f"expected a list of token maps [{shape}], one a scale, got one of {list(values.shape)}")
-    if values.numel() and not values.is_meta:
+    if values.is_meta:
+        raise ValueError("expected token maps with numbers, got some on the device meta, which has none")
+    if values.numel():
         _check_values(values, kind, pyramid.codes, soft)
     if whole and values.dtype not in (torch.int32, torch.int64):
         return values.long() if kind == "ids" else values.to(torch.uint8)

@@ -604,3 +604,28 @@ def test_numbers_that_are_names_are_names(tmp_path, capsys, monkeypatch):
     assert "warning: --labels 7 is the class of that name, whose number is 1" in capsys.readouterr().err
     assert cli.main([*asked, "2"]) == 2
     assert "no class is called 2; these classes have numbers as names: 5, 7, 9" in capsys.readouterr().err
+
+
+TRAINS = {
+    "tuples": ([(torch.zeros(3, 64, 64), 1)], "items must be dicts"),
+    "bytes": ([{"image": torch.zeros(3, 64, 64, dtype=torch.uint8)}], "tensor of floats, got torch.uint8"),
+    "pictures": ([{"image": Image.new("RGB", (64, 64))}], "tensor of floats, got Image"),
+    "no images": ([{"label": 1}], "the data have none"),
+    "nothing": ([], "one item or more"),
+    "None": (None, "one item or more"),
+    "two sizes": ([{"image": torch.zeros(3, 64, side)} for side in (64, 32)], r"in one size, got \[\(3, 64, 32\), "),
+}
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_data_that_nothing_trains_on_are_refused(name, tmp_path):
+    data, said = TRAINS[name]
+    config = ns.TrainConfig(steps=1, batch_size=2, warmup=0)
+    with pytest.raises(ValueError, match=said):
+        ns.train_tokenizer(var.build(small(sizes=(1, 2, 8)), seed=1, model=False), data, config, out=tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"config": 3}, "TrainConfig"), ({"loss": 3}, "GeneratorLoss")])
+def test_settings_of_another_kind_are_refused(changes, said, tmp_path):
+    with pytest.raises(TypeError, match=rf"expected ns.{said}\(...\), got 3"):
+        ns.train_model(var.build(small(), seed=1), [], **{"config": ns.TrainConfig(), "out": tmp_path} | changes)

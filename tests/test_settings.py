@@ -101,7 +101,7 @@ def bounded_kinds():
     yield from (find_recipe(name).Config for name in recipe_names())
 
 
-@pytest.mark.parametrize("kind", bounded_kinds(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+@pytest.mark.parametrize("kind", list(bounded_kinds()), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_setting_has_a_largest_value(kind):
     """So that no config of a stranger asks for more than a machine has, and a slip of the hand is named."""
     schema = kind.model_json_schema()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextscale.data.images import Size, height_width
+from nextscale.settings import brief
 
 D = TypeVar("D", bound="ImageDataset")
 
@@ -89,6 +90,14 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = torch.stack(values)
     batch["mirror_ok"] = torch.tensor(batch.get("mirror_ok", [False] * len(items)))
     return batch
+
+
+def one_size(content: Any, field: str) -> Tensor:
+    """The content of a batch, if all items have it in one size; else ValueError."""
+    if isinstance(content, Tensor):
+        return content
+    shapes = sorted({tuple(one.shape) for one in content})
+    raise ValueError(f"items must have the {field} in one size, got {brief(shapes)}")
 
 
 def data_digest(data: Any, field: str = "image") -> str:

@@ -62,6 +62,8 @@ def open_images(
     """
     if not isinstance(source, DataSource):
         raise ValueError(f"expected a source of images, ns.DataSource('my-images') for example, got {brief(source)}")
+    if wrong := [name for name, value in vars(source).items() if not isinstance(value, str)]:
+        raise ValueError(f"DataSource.{wrong[0]}: expected a text, got {brief(getattr(source, wrong[0]))}")
     images = _open(source, source.data, larger or size, channels, whole, 0.0 if source.val else HELD_OUT)
     val = images.val
     if source.val == DRAWINGS:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nextscale.draws import Draws, generator_for, rows_in, rows_of
 from nextscale.evaluation.reconstruction import code_counts
-from nextscale.system import Labels, System
+from nextscale.settings import brief
+from nextscale.system import Labels, System, check_system
 from nextscale.tokenizer.pyramid import teacher_inputs
 from nextscale.tokens import Tokens, each, split
 
@@ -50,6 +51,9 @@ def evaluate_likelihood(
 ) -> LikelihoodReport:
     """Teacher-forced measures of tokens [N, L] (of bits [N, L, d]) under what is told of them, N labels or prompts, or several
     such lists by name. Heads that need random numbers draw them from the seed: the same ones each time."""
+    check_system(system)
+    if not hasattr(tokens, "__len__") or not len(tokens):
+        raise ValueError(f"expected tokens of one image or more, [N, L], got {brief(tokens)}")
     scored = [_score(system, *batch, seed) for batch in _batches(system, tokens, labels, batch_size)]
     measures = {name: torch.cat([part[name] for part in scored]).double().mean(dim=0).tolist() for name in scored[0]}
     return LikelihoodReport(measures, system.schedule.lengths)

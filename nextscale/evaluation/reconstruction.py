@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from nextscale.contracts import Output, Tokenizer
 from nextscale.output import Images, decibel
 from nextscale.schedule import Schedule
+from nextscale.settings import brief
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def evaluate_tokenizer(
     """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is."""
     if not hasattr(tokenizer, "pyramid"):
         raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}; a system's is system.tokenizer")
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        raise ValueError(f"expected a data set with one item or more, got {brief(data)}")
     pyramid = tokenizer.pyramid
     found: list[dict[str, list[Tensor]]] = [{} for _ in schedule.sizes]
     counts: list[Tensor] = []

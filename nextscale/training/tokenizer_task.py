@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.contracts import Kept, Lesson, Output, TrainableTokenizer, Upkeep
+from nextscale.data.dataset import one_size
 from nextscale.draws import BatchPart, Draws, generator_for
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
 from nextscale.output import Images
@@ -146,7 +147,8 @@ class TokenizerTask:
 
     def losses(self, part: BatchPart, step: int) -> tuple[Tensor, Metrics]:
         """The loss of a part of a batch (the terms of Eq. 5 of VAR), and what to log; remembers what the step needs later."""
-        content = part.batch[self.output.field].to(self.config.device)
+        field = self.output.field
+        content = one_size(part.batch[field], field).to(self.config.device)
         begun = step / self.config.steps
         with autocast(self.config):
             f = self.tokenizer.features(content)

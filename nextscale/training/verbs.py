@@ -16,15 +16,16 @@ from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
 from nextscale.contracts import Objective, TrainableTokenizer
-from nextscale.data.dataset import collate
+from nextscale.data.dataset import collate, one_size
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.extras import need
+from nextscale.files import as_path
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import Images
 from nextscale.processes import Team
-from nextscale.settings import brief
+from nextscale.settings import brief, whole_number
 from nextscale.system import System, check_device
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.export import forget_start, keep_start
@@ -59,11 +60,12 @@ def train_tokenizer(
 
     Returns the system, with the averaged weights.
     """
+    _check_kinds(config=(config, TrainConfig), loss=(loss, TokenizerLoss))
     check_packages(config, loss)
     if config.shard or config.recompute:
         raise ValueError("shard and recompute are for generators; tokenizers are small, so leave them off")
     team, config = _join(config)
-    out = Path(out)
+    out = as_path(out, "the folder of the run")
     _refuse_half(system.tokenizer)
     _check_size(system, data, augmentation)
     transform = _transform(system, augmentation)
@@ -76,7 +78,7 @@ def train_tokenizer(
                 f"the {system.output.field} of item {bad[0]} holds numbers that are not finite; take it out, or mend it"
             )
         draws = Draws(generator_for(config.seed, 0, "init"), len(chosen))
-        return (transform(batch, draws) if transform else batch)[system.output.field]
+        return one_size((transform(batch, draws) if transform else batch)[system.output.field], system.output.field)
 
     tokenizer = system.tokenizer
     if not isinstance(tokenizer, TrainableTokenizer):
@@ -126,6 +128,8 @@ def train_model(
 
     Returns the system, with the averaged weights.
     """
+    _check_kinds(config=(config, TrainConfig), loss=(loss, GeneratorLoss))
+    views, lora = whole_number("views", views, 1, 1000), whole_number("lora", lora, 0, 4096)
     check_packages(config, lora=lora)
     if config.shard and lora:
         raise ValueError("adapters are small, so they are not sharded; leave --shard or --lora off")
@@ -136,7 +140,7 @@ def train_model(
     loss.check(len(system.schedule))
     _refuse_half(system.tokenizer, system.need_model(), *trained_parts(system).values())
     team, config = _join(config)
-    out = Path(out)
+    out = as_path(out, "the folder of the run")
     system.to(config.device)
     objective = objective or system.objective
     val, held_out, kind = _some(val), None, objective.wants
@@ -220,6 +224,12 @@ def _train_model(
     if team.leads:
         save(system, out / "system")
         forget_start(out)
+
+
+def _check_kinds(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected ns.{kind.__name__}(...), got {brief(value)}")
 
 
 def check_packages(config: TrainConfig, loss: TokenizerLoss | None = None, lora: int = 0) -> None:
@@ -326,8 +336,14 @@ def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | N
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
         raise ValueError(f"expected a data set with one item or more, got {brief(data)}")
     field, item = system.output.field, data[0]
+    if not isinstance(item, Mapping):
+        raise ValueError(f"items must be dicts such as {{'{field}': ..., 'label': 3}}, got {brief(item)}")
     if field not in item:
         raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
+    if not isinstance(item[field], Tensor) or not item[field].is_floating_point():
+        got = item[field].dtype if isinstance(item[field], Tensor) else type(item[field]).__name__
+        hint = "; bytes become x / 127.5 - 1" if field == "image" else ""
+        raise ValueError(f"items need the {field} as a tensor of floats, got {got}{hint}")
     size, got = system.output.shape(system.schedule, system.tokenizer.stride), tuple(item[field].shape)
     if augmentation is None and got != size:
         if field == "image" and got[:1] == size[:1]:
