@@ -6,7 +6,6 @@
 None of these drawings is among those that the shipped systems were trained on.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import resvg_py
+import tyro
 
 PIXELS = 96
 
@@ -44,23 +44,25 @@ def order(drawing: tuple[str, str, str]) -> tuple[bool, bytes]:
     return bool(re.search(r"-(light|medium|dark)\b", name)), hashlib.sha256(name.encode()).digest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, help="images")
-    parser.add_argument("out", type=Path, help="the folder: one folder a category")
-    parser.add_argument("packages", type=Path, nargs="+", help="packages of icon sets, as npm keeps them (.tgz)")
-    arguments = parser.parse_args()
-    found = [drawing for package in arguments.packages for drawing in drawings(package)]
-    chosen = sorted(found, key=order)[: arguments.count]
-    if len(chosen) < arguments.count:
-        raise SystemExit(f"the packages hold {len(found)} drawings, fewer than {arguments.count}")
+def main(count: int, out: Path, packages: tuple[Path, ...]) -> None:
+    """Make the folder; see the head of the file.
+
+    Args:
+        count: images
+        out: the folder: one folder a category
+        packages: packages of icon sets, as npm keeps them (.tgz)
+    """
+    found = [drawing for package in packages for drawing in drawings(package)]
+    chosen = sorted(found, key=order)[:count]
+    if len(chosen) < count:
+        raise SystemExit(f"the packages hold {len(found)} drawings, fewer than {count}")
     for category, name, svg in chosen:
-        folder = arguments.out / category.lower().replace(" & ", "-").replace(" ", "-")
+        folder = out / category.lower().replace(" & ", "-").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", width=PIXELS, height=PIXELS)
         (folder / f"{name}.png").write_bytes(bytes(png))
-    print(f"{len(chosen)} images in {arguments.out}")
+    print(f"{len(chosen)} images in {out}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

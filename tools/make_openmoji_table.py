@@ -14,11 +14,11 @@ every split. Drawings are joined when
 import csv
 import gzip
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from nextscale.data.openmoji import EmojiRow, render_all
@@ -113,6 +113,12 @@ def base_sets(hexcodes: list[str], images: Tensor) -> list[str]:
 
 
 def main(source: Path, out: Path) -> None:
+    """Make the table; see the head of the file.
+
+    Args:
+        source: OpenMoji's own table
+        out: file to write
+    """
     with open(source, encoding="utf-8", newline="") as file:
         records = list(csv.DictReader(file))
     rows = []
@@ -147,6 +153,4 @@ def main(source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python tools/make_openmoji_table.py CSV OUT")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

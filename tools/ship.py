@@ -1,15 +1,14 @@
 """Put a trained system into the package: half precision, judged as it ships, with a model card.
 
-    python tools/ship.py SYSTEM NAME COMMANDS
+    python tools/ship.py runs/generator emoji-64 docs/emoji-64/commands.sh
 
-SYSTEM is the folder that a training wrote, NAME what `ns.load` will call it, COMMANDS a text file with the commands that
-trained it. Writes nextscale/weights/NAME and docs/NAME (report, tables, pictures).
+Writes nextscale/weights/NAME and docs/NAME (report, tables, pictures).
 """
 
-import sys
 from pathlib import Path
 
 import torch
+import tyro
 
 import nextscale as ns
 from nextscale.data.openmoji import ATTRIBUTION
@@ -72,7 +71,14 @@ ABOUT = {
 }
 
 
-def main(source: str, name: str, commands: str) -> None:
+def main(source: str, name: str, commands: Path) -> None:
+    """Ship a system; see the head of the file.
+
+    Args:
+        source: folder of the run or of the system
+        name: what `ns.load` will call it
+        commands: text file with the commands that trained it
+    """
     folder, docs = ROOT / "nextscale" / "weights" / name, ROOT / "docs" / name
     ns.save(ns.load(source), folder, dtype=torch.float16)
     system = ns.load(folder)
@@ -87,7 +93,7 @@ def main(source: str, name: str, commands: str) -> None:
         width=width,
         parameters=sum(p.numel() for p in system.parameters()) / 1e6,
         attribution=ATTRIBUTION,
-        commands=Path(commands).read_text(encoding="utf-8").strip(),
+        commands=commands.read_text(encoding="utf-8").strip(),
         report=report.replace("\n## ", "\n### "),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -96,6 +102,4 @@ def main(source: str, name: str, commands: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
