@@ -31,9 +31,11 @@ def test_every_file_of_the_tree_exists():
     (tree,) = blocks("")
     root = Path(__file__).parent.parent
     for line in tree.splitlines():
-        name = line.split()[0]
-        path = root / "nextscale" / name if line.startswith(" ") else root / name
-        assert path.exists(), name
+        folder = root / "nextscale" if line.startswith(" ") else root
+        for name in [line.split()[0], *re.findall(r"\w+\.py", line)]:
+            assert (folder / name).exists(), name
+    folders = {path.parent.name for path in (root / "nextscale").glob("*/*") if path.parent.name != "__pycache__"}
+    assert folders <= {name.strip("/ ") for name in re.findall(r"^ +\w+/", tree, flags=re.M)}
 
 
 def test_shipped_systems_say_their_licence():
