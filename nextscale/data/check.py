@@ -52,16 +52,16 @@ def sound(
     if bad := [found for found in answers if isinstance(found, str)]:
         shown = "".join(f"\n  {reason}" for reason in bad[:10])
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        text = f"{len(bad)} of {len(items)} image files in {where} cannot be read:{shown}{more}"
+        text = f"{len(bad)} of {len(items)} image files in {where} cannot be read"
         if broken == "refuse":
-            raise ValueError(f'{text}\nreplace or remove them, or pass broken="skip" to go on without them')
+            raise ValueError(f'{text}:{shown}{more}\nreplace or remove them, or pass broken="skip" to go on without them')
         for reason in bad:
             left_out.add("that cannot be read", reason.partition(" cannot be read")[0])
         if not any(isinstance(found, Seen) for found in answers):
             raise ValueError(
                 f"{where}: expected images, but none of its {len(items)} image files can be read:{shown}{more}"
             )
-        warnings.warn(f"{text}\nthey are skipped", stacklevel=3)
+        warnings.warn(f"{text}, and are skipped:{shown}{more}", stacklevel=3)
     kept = [item for item, found in zip(items, answers, strict=True) if not isinstance(found, str)]
     if not kept:
         raise ValueError(

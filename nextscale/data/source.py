@@ -77,6 +77,12 @@ def open_images(
         val = _open(source, source.data, size, channels, False, HELD_OUT).val
     else:
         val = val.resized(size)
+    if not len(val):
+        warnings.warn(
+            f"of the {len(images.train)} images of {brief(source.data)} the tenth that is held out is none; nothing is judged on "
+            "images that are not trained on: give a validation set (--val)",
+            stacklevel=2,
+        )
     return SourceImages(images.train, val, images.classes, images.left_out, images.captions_from)
 
 

@@ -111,7 +111,10 @@ def _check(system: System, data: Any, samples: int) -> None:
     whole_number("samples", samples, 2, MOST_SAMPLES, hint)
     for name in ("train", "val"):
         if not len(getattr(data, name)):
-            raise ValueError(f"data.{name} has no images; read the data with validation=0.1, which holds out a tenth")
+            raise ValueError(
+                f"data.{name} has no images; give a validation set (--val, or val= of ns.DataSource), or read the data with "
+                "validation=0.1, which holds out a tenth"
+            )
         got, wanted = tuple(getattr(data, name)[0]["image"].shape), (system.tokenizer.channels, *system.image_size)
         if got != wanted:
             raise ValueError(f"this system makes images of {list(wanted)}, got data.{name} of {list(got)}; read it so")
