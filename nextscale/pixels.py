@@ -98,7 +98,7 @@ def warn_of_range(images: Tensor, *, stacklevel: int = 3) -> None:
     if images.is_meta:
         return
     least, most = (float(n) for n in images.detach().aminmax())
-    if 0 <= least < most <= 1:
+    if 0 <= least < 0.1 and least < most <= 1:  # pictures of light colours alone have no black, in either range
         said = "all in [0, 1]; if black is 0 in them, make them 2 * x - 1"
     elif max(-least, most) > 1.5:
         said = f"from {least:.3g} to {most:.3g}; undo what normalised them"

@@ -103,7 +103,8 @@ def test_what_is_no_image_is_refused(name, system):
 
 
 @pytest.mark.parametrize(
-    ("images", "said"), [((X + 1) / 2, "all in [0, 1]"), (X * 2.5, "from -2.5 to 2.5"), (X, ""), (X * 1.1, "")]
+    ("images", "said"),
+    [((X + 1) / 2, "all in [0, 1]"), (X * 2.5, "from -2.5 to 2.5"), (X, ""), (X * 1.1, ""), ((X + 3) / 4, "")],
 )
 def test_images_of_another_range_are_noticed(images, said, system, recwarn):
     ns.encode(system, images)

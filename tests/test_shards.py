@@ -91,9 +91,7 @@ def test_missing_and_damaged_shards_are_named(shards, tmp_path):
         ns.web_shards(tmp_path / "broken.tar", 8)
     members = {"1.png": png(1), "1.cls": b"0", "2.png": png(2)[:-30], "2.cls": b"1", "3.png": png(3), "3.cls": b"2"}
     write(tmp_path / "cut.tar", members)
-    with pytest.warns(
-        UserWarning, match=r"(?s)1 of 3 image files .* cannot be read, and are skipped.*2 in .*cut\.tar"
-    ):
+    with pytest.warns(UserWarning, match=r"(?s)1 of 3 image files .* cannot be read, and are skipped.*2 in .*cut\.tar"):
         data = ns.web_shards(tmp_path / "cut.tar", 8)
     assert [data.train[i]["name"] for i in range(2)] == ["1", "3"] and len(data.classes) == 3
     with pytest.raises(ValueError, match='pass broken="skip"'):

@@ -54,7 +54,9 @@ def sound(
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
         text = f"{len(bad)} of {len(items)} image files in {where} cannot be read"
         if broken == "refuse":
-            raise ValueError(f'{text}:{shown}{more}\nreplace or remove them, or pass broken="skip" to go on without them')
+            raise ValueError(
+                f'{text}:{shown}{more}\nreplace or remove them, or pass broken="skip" to go on without them'
+            )
         for reason in bad:
             left_out.add("that cannot be read", reason.partition(" cannot be read")[0])
         if not any(isinstance(found, Seen) for found in answers):
