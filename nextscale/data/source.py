@@ -79,8 +79,8 @@ def open_images(
         val = val.resized(size)
     if not len(val):
         warnings.warn(
-            f"of the {len(images.train)} images of {brief(source.data)} the tenth that is held out is none; nothing is judged on "
-            "images that are not trained on: give a validation set (--val)",
+            f"a tenth of the {len(images.train)} images of {brief(source.data)} is none, so none is held out, and nothing says "
+            "when to stop; give a validation set (--val)",
             stacklevel=2,
         )
     return SourceImages(images.train, val, images.classes, images.left_out, images.captions_from)
