@@ -297,9 +297,27 @@ def test_links_and_files_of_the_documents_lead_somewhere(path):
             titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.M)
             names = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert place in names, f"{path.name}: {target}"
-    folders = "tests|benchmarks|tools|examples|scripts|docs|nextscale|requirements"
-    for file in re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", text):
-        assert (ROOT / file).exists() or PLACEHOLDER.fullmatch(Path(file).stem), f"{path.name}: {file}"
+    for file in re.findall(r"`([\w/.-]+\.(?:py|md|sh|txt|toml))`", text):
+        known = file in THEIR_FILES or PLACEHOLDER.fullmatch(Path(file).stem)
+        assert known or any(there.as_posix().endswith(f"/{file}") for there in files()), f"{path.name}: {file}"
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert any(f"def {name}(" in each.read_text(encoding="utf-8") for each in files_of_tests()), (
+            f"{path.name}: {name}"
+        )
+
+
+# Users' files and the reference's.
+THEIR_FILES = {"1.txt", "log.txt"}
+
+
+@cache
+def files() -> list[Path]:
+    tops = (path for path in ROOT.iterdir() if not path.name.startswith("."))
+    return [ROOT / "pyproject.toml", *(path for top in tops for path in [top, *top.rglob("*")])]
+
+
+def files_of_tests() -> list[Path]:
+    return sorted((ROOT / "tests").glob("*.py"))
 
 
 # --- Python ---
