@@ -305,7 +305,7 @@ def test_a_validation_set_of_ones_own(tmp_path):
     val = tree(tmp_path / "val", {"c/4.png": None, "b/5.png": None})
     images = open_images(DataSource(str(root), str(val)), 16)
     assert len(images.train) == 3 and sorted(images.val.said(i)["label"] for i in range(2)) == [1, 2]
-    with pytest.warns(UserWarning, match="the tenth that is held out is none.*--val"):  # of so few
+    with pytest.warns(UserWarning, match="is none, so none is held out.*--val"):  # of so few
         assert not len(open_images(DataSource(str(root)), 16).val)
     tree(val, {"d/6.png": None})
     with pytest.raises(ValueError, match="has the class 'd', which"):
