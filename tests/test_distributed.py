@@ -79,33 +79,32 @@ def test_two_processes_and_two_passes_give_the_same_update(tmp_path, shared, kin
     assert len(losses[one]) == 12 and losses[shared / kind] == pytest.approx(losses[one], abs=1e-5)
 
 
-def test_sharded_and_recomputed_training_gives_the_same_update_and_changes_hands(tmp_path):
-    """FSDP2 on two processes, and activations computed again; a run goes from one to the other in the middle."""
-    variants = {"one": ((), 1), "again": (("recompute=true",), 1), "sharded": (("shard=true", "recompute=true"), 2)}
-    for name, (settings, processes) in variants.items():
-        train("generator", tmp_path / name, *settings, processes=processes)
-    for name in ("again", "sharded"):
-        assert_same_update(tmp_path / name, tmp_path / "one")
-    for name, (first, second) in {"to one": (2, 1), "to two": (1, 2)}.items():
-        out = tmp_path / name
-        for processes in (first, second):
-            steps = ("stop_after=6",) if processes == first else ()
-            settings = ("shard=true",) if processes == 2 else ()
-            train("generator", out, *settings, *steps, processes=processes)
-            if steps:  # each process wrote its own pieces
-                files = sorted(path.name[:11] for path in (out / "checkpoints" / "00000006").glob("*.safetensors"))
-                assert files == ["shard-00001", "shard-00002"][:processes]
-        assert_same_update(out, tmp_path / "one")
+def test_sharded_training_gives_the_same_update_and_keeps_changes(tmp_path):
+    """Weights in pieces (FSDP2), and activations computed again."""
+    sharded = tmp_path / "sharded"
+    train("generator,changed", sharded, "shard=true", "recompute=true", processes=2)
+    for kind in ("generator", "changed"):
+        train(kind, tmp_path / kind)
+        assert_same_update(sharded / kind, tmp_path / kind)
+    for out in (tmp_path, sharded):
+        changes = ns.load(out / "changed" / "system").changes
+        assert [change.recipe for change in changes] == ["inside", "fastvar"]
     with pytest.raises(ValueError, match="tokenizers are small"):
         train("tokenizer", tmp_path / "t", "shard=true")
 
 
-def test_sharded_training_of_a_changed_system_keeps_the_changes(tmp_path):
-    train("changed", tmp_path / "one")
-    train("changed", tmp_path / "two", "shard=true", processes=2)
-    assert_same_update(tmp_path / "two", tmp_path / "one")
-    changes = [[change.recipe for change in ns.load(tmp_path / name / "system").changes] for name in ("one", "two")]
-    assert changes == [["inside", "fastvar"]] * 2
+@pytest.mark.parametrize("first, second", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_run_changes_hands_in_the_middle(tmp_path, first, second):
+    out = tmp_path / "run"
+    train("generator", tmp_path / "one")
+    for processes in (first, second):
+        steps = ("stop_after=6",) if processes == first else ()
+        settings = ("shard=true",) if processes == 2 else ()
+        train("generator", out, *settings, *steps, processes=processes)
+        if steps:  # each process wrote its own pieces
+            files = sorted(path.name[:11] for path in (out / "checkpoints" / "00000006").glob("*.safetensors"))
+            assert files == ["shard-00001", "shard-00002"][:processes]
+    assert_same_update(out, tmp_path / "one")
 
 
 def test_recomputed_activations_give_the_same_update(tmp_path):
@@ -121,19 +120,26 @@ def wait_for(process: subprocess.Popen, out: Path, lines: int) -> None:
         time.sleep(0.05)
 
 
+LONG = "steps=60", "validate_every=30", "save_every=10"
+
+
 def test_two_processes_stop_together_and_go_on(tmp_path):
-    settings = "steps=60", "validate_every=30", "save_every=10"
-    train("generator", tmp_path / "whole", *settings, processes=2)
-    process = start("generator", tmp_path / "asked", *settings)
+    train("generator", tmp_path / "whole", *LONG, processes=2)
+    process = start("generator", tmp_path / "asked", *LONG)
     wait_for(process, tmp_path / "asked", lines=8)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     process.communicate(timeout=120)
     assert process.returncode != 0 and not (tmp_path / "asked" / "system").exists()
     assert list((tmp_path / "asked" / "checkpoints").glob("*/state.json"))
-    train("generator", tmp_path / "asked", *settings, processes=2)
+    train("generator", tmp_path / "asked", *LONG, processes=2)
     assert torch.equal(weights(tmp_path / "asked"), weights(tmp_path / "whole"))
-    # One of two is killed, torchrun starts both again, and they go on.
-    process = start("generator", tmp_path / "killed", *settings, restarts=1)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_go_on(tmp_path):
+    """torchrun starts both again."""
+    train("generator", tmp_path / "whole", *LONG, processes=2)
+    process = start("generator", tmp_path / "killed", *LONG, restarts=1)
     wait_for(process, tmp_path / "killed", lines=20)
     os.kill(int((tmp_path / "killed" / "rank-1").read_text()), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
