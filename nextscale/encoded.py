@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from nextscale.data.dataset import collate, data_digest
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for, rows_in, rows_of
-from nextscale.files import atomic_write, digest
+from nextscale.files import atomic_write, digest, read_json
 from nextscale.modules import as_module, usual_defaults
-from nextscale.processes import Team
+from nextscale.processes import Team, check_workers
 from nextscale.progress import Bar
 from nextscale.readers import Given, TensorReader
 from nextscale.system import System
@@ -39,6 +39,7 @@ from nextscale.tokens import Tokens, each, joined
 SHARD = 4096  # images
 IN_MEMORY = 2**30  # bytes of content; more is read from the files when it is asked for
 INDEX = "index.json"
+MOST_INDEX_BYTES = 50_000_000  # it names all shards
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ def encode_images(
     that is not what was written is encoded again, with a warning. `workers` processes load images. The processes of `team`
     share the work.
     """
+    check_workers(workers)
     count = len(data)  # type: ignore[arg-type]
     settings = augmentation or AugmentSettings()
     pieces = [(view, first) for view in range(views) for first in range(0, count, SHARD)]
@@ -408,10 +410,10 @@ def _told_digest(data: Any, asked: Asked, team: Team) -> str:
 def _refuse(folder: Path, key: dict[str, Any], strict: bool) -> None:
     """Remove, or with `strict` refuse, a cache that was made with something else."""
     try:
-        known = json.loads((folder / INDEX).read_text(encoding="utf-8"))["key"]
+        known = read_json(folder / INDEX, most=MOST_INDEX_BYTES)["key"]
     except FileNotFoundError:
         return  # none, or one that was not finished: its shards say what they are
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         known = {}
     known = known if isinstance(known, dict) else {}
     different = [name for name in key if known.get(name) != key[name]]

@@ -36,6 +36,19 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """The path that links lead to, of a file that may not be there yet. Raises ValueError for a name that no file can have, and
+    for links that lead in a circle."""
+    path = Path(path)
+    try:
+        path.stat()  # only those who ask for the file learn what is wrong with its name
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no file can have the name {brief(str(path))}: {_reason(error)}; give another") from None
+    return path.resolve()
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file beside `path`; when the block ends well it replaces `path`, else it is removed.
@@ -52,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; expected the name of a file, so add one to the path")
     # Replace what a symbolic link points to, not the link itself.
-    target = path.resolve()
+    target = target_of(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.stem[:80]}-", suffix=target.suffix, dir=target.parent)

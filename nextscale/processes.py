@@ -157,6 +157,13 @@ class Team:
         return dict(zip(metrics, (self.sum_(values) / self.size).tolist(), strict=True))
 
 
+def check_workers(count: int, name: str = "workers") -> None:
+    """Refuse more processes or threads than a machine has a use for: each takes memory, and time to start."""
+    cores = os.cpu_count() or 1
+    if not 0 <= count <= 16 * cores:
+        raise ValueError(f"{name}: expected 0 to 16 for each of {cores} cores, got {count}; 2 to 8 are usual")
+
+
 def _number(name: str, default: int) -> int:
     """A number in the environment, where torchrun puts it."""
     text, least = os.environ.get(name, str(default)), int(name == "WORLD_SIZE")

@@ -725,7 +725,7 @@ def test_curves_refuses_what_it_cannot_draw(refused, run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.png").mkdir()
     assert "at least one run" in refused("curves")
-    assert "no such file: nowhere" in refused("curves", run_folder, "nowhere")
+    assert "nowhere is missing; expected the metrics.jsonl" in refused("curves", run_folder, "nowhere")
     assert "metrics.jsonl" in refused("curves", "empty")
     assert "ends in .png" in refused("curves", run_folder, "--out", "c.jpg")
     assert "is a file" in refused("curves", run_folder, "--out", "file/c.png")

@@ -234,6 +234,7 @@ def test_shards_without_labels_are_one_class(tmp_path):
 
 BAD_LABELS = {
     "negative": ({"a.cls": b"-1"}, "label of a is -1; expected a name, or a number from 0"),
+    "two": ({"a.cls": b"1", "a.json": b'{"label": 0}'}, "a has two labels, 1 and 0; keep one"),
     "huge": ({"a.cls": b"1000000000"}, "label of a is 1000000000"),
     "huge in JSON": ({"a.json": b'{"label": 1e9}'}, "label of a is 1000000000.0"),
     "a fraction": ({"a.json": b'{"label": 1.5}'}, "label of a is 1.5"),

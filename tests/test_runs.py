@@ -369,6 +369,21 @@ def test_what_fails_while_images_are_read_is_one_sentence(how, workers, tmp_path
     assert "\n" not in str(error.value) and ("photos/" in str(error.value)) == (how == "file")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "encoded/index.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(name, tmp_path, monkeypatch):
+    stopped(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        generate(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    if name == "metrics.jsonl":
+        with pytest.raises(ValueError, match="is no ordinary file; expected the run's own metrics"):
+            generate(tmp_path)
+    else:
+        generate(tmp_path)
+        assert (tmp_path / name).is_file()
+
+
 STALE = [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set .* RANK is not"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not"),

@@ -181,3 +181,28 @@ def test_a_folder_of_the_datasets_library(tmp_path):
     broken = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "files"), cache_dir=str(tmp_path / "again"))
     with pytest.warns(UserWarning, match=r"(?s)1 of 10 image files in the data cannot be read.*row \d cannot be read"):
         assert len(ns.hub_images(broken, 16).train) == 9
+
+
+def test_a_shard_that_says_of_a_file_that_it_is_larger(shards):
+    path = shards / "s-00.tar"
+    content = bytearray(path.read_bytes())
+    content[124:136] = b"\x80" + (2**60).to_bytes(11, "big")
+    content[148:156] = b" " * 8  # the checksum
+    content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"s-00\.tar: it ends in the middle of a file"):
+        ns.web_shards(path, 16)
+
+
+def test_names_in_a_shard_may_be_of_any_bytes(tmp_path):
+    write(tmp_path / "a.tar", {"caf\udce9.png": png(1), "caf\udce9.cls": b"1"})
+    data = ns.web_shards(tmp_path / "a.tar", 16, validation=0.1)
+    assert data.train[0]["label"] == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".tar", "a\0.tar", "\x1b[31m.tar"])
+def test_names_that_no_shard_has_are_cut_short(name):
+    for read in (lambda: ns.web_shards(name, 16), lambda: ns.open_images(ns.DataSource(name), 16)):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            read()
+        assert len(str(error.value)) < 400 and str(error.value).isprintable()

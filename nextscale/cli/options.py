@@ -12,6 +12,7 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
+from nextscale.files import target_of
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.settings import brief, faults
 
@@ -196,12 +197,12 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
     from nextscale.data.images import image_format, writes_singles
 
     outputs = [*paths, *([] if out is None else [out])]
-    places = [_place(path) for path in outputs]
-    folder = [_place(out)] if out is not None and writes_singles(out) else []
+    places = [target_of(path) for path in outputs]
+    folder = [target_of(out)] if out is not None and writes_singles(out) else []
     if len(set(places)) < len(places) or any(place.parent in folder for place in places):
         raise ValueError(f"two pictures would go to {outputs[-1]}; give them different names")
     for path, place in zip(outputs, places, strict=True):
-        if place in [_place(source) for source in inputs]:
+        if place in [target_of(source) for source in inputs]:
             raise ValueError(f"{path} is read, and would be overwritten; give another --out")
         singles = path == out and writes_singles(path)
         if not singles:
@@ -209,18 +210,9 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
         check_writable(path / "00000.png" if singles and not path.suffix else path)
 
 
-def _place(path: Path) -> Path:
-    """The path that a link leads to. Raises ValueError for a name that no file can have."""
-    try:
-        path.exists()  # a name that is too long is known only to those who ask for the file
-        return path.resolve()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"no file can have the name {brief(str(path))}: {reason}; give another") from None
-
-
 def check_writable(path: Path) -> None:
     """Refuse a file that could not be written later; leaves nothing behind."""
+    target_of(path)
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; give a name that no folder has")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

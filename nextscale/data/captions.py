@@ -108,4 +108,6 @@ def _table(folder: Path) -> dict[str, str]:
             )
         if caption is not None:
             found[name.removeprefix("./")] = caption.strip()
+    if rows and not found:
+        warnings.warn(f"{brief_path(path)} has no text (or caption) in any of its {len(rows)} lines", stacklevel=4)
     return found

@@ -13,6 +13,8 @@ from nextscale.data.left_out import LeftOut
 from nextscale.progress import Bar
 from nextscale.settings import cut
 
+SHOWN = 2  # reasons why files cannot be read
+
 T = TypeVar("T")
 Broken = Literal["skip", "refuse"]
 
@@ -50,8 +52,9 @@ def sound(
                 answers.append(found)
                 bar.update()
     if bad := [found for found in answers if isinstance(found, str)]:
-        shown = "".join(f"\n  {reason}" for reason in bad[:10])
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
+        shown = "".join(f"\n  {cut(reason, 160)}" for reason in bad[:SHOWN])
+        names = [reason.partition(" cannot be read")[0].rpartition("/")[2] for reason in bad]
+        more = f"\n  and {len(bad) - SHOWN} more: {cut(', '.join(names[SHOWN:]), 160)}" if len(bad) > SHOWN else ""
         text = f"{len(bad)} of {len(items)} image files in {where} cannot be read"
         if broken == "refuse":
             raise ValueError(

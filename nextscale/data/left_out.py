@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 NAMED = 3  # examples of each reason
+REASONS = 5  # that are named
 
 
 class LeftOut:
@@ -38,11 +39,16 @@ class LeftOut:
         """`left out 3 of 120: 2 without a label (a, b), 1 in a format that is not read (c.heic)`."""
         if not self:
             return ""
-        reasons = ", ".join(
-            f"{count} {reason} ({', '.join(self._names[reason])}{', ...' if count > len(self._names[reason]) else ''})"
-            for reason, count in self.counts.items()
-        )
-        return f"left out {sum(self.counts.values())} of {self.total}: {reasons}"
+        many = len(self.counts) > 2
+        most = sorted(self.counts, key=lambda reason: -self.counts[reason])[:REASONS]
+        named = []
+        for reason in [reason for reason in self.counts if reason in most]:
+            names = self._names[reason][: 1 if many else NAMED]
+            more = ", ..." if self.counts[reason] > len(names) else ""
+            named.append(f"{self.counts[reason]} {reason} ({', '.join(names)}{more})")
+        if others := sum(count for reason, count in self.counts.items() if reason not in most):
+            named.append(f"{others} for {len(self.counts) - len(most)} other reasons")
+        return f"left out {sum(self.counts.values())} of {self.total}: {', '.join(named)}"
 
     def warn(self, where: str) -> None:
         """Say it once, if there is something to say."""

@@ -194,7 +194,7 @@ def class_names(rows: list[EmojiRow]) -> tuple[str, ...]:
 
 def split_position(key: str) -> float:
     """A number in [0, 1) that depends on the text alone: what lies below the validation share is held out."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big") / 2**48
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / 2**48
 
 
 def svg_folder() -> Path:

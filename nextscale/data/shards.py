@@ -25,7 +25,7 @@ from nextscale.data.folder import HIDDEN, hidden
 from nextscale.data.images import Seen, Size, check_share, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
-from nextscale.files import as_path, brief_path, parse_json
+from nextscale.files import as_path, brief_path, check_readable, parse_json
 from nextscale.pixels import to_float
 from nextscale.progress import Bar
 from nextscale.settings import brief
@@ -222,15 +222,22 @@ def expand(pattern: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
         if "*" in text or "?" in text:
             found = sorted(Path(text).parent.glob(Path(text).name))
             if not found:
-                raise FileNotFoundError(f"no shard matches {text} (relative paths start from {Path.cwd()})")
+                raise FileNotFoundError(f"no shard matches {brief_path(text)} (relative paths start from {Path.cwd()})")
             paths += found
         else:
             paths.append(Path(text))
     if not paths:
         raise ValueError("expected at least one shard, got none")
-    if missing := [path for path in paths if not path.is_file()]:
+    missing = []
+    for path in paths:
+        try:
+            check_readable(path, "a shard, an uncompressed .tar")
+        except FileNotFoundError:  # also for a name that no file can have
+            missing.append(path)
+    if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} shards are missing, the first is {missing[0]}; copy them or shorten the range"
+            f"{len(missing)} of {len(paths)} shards are missing, the first is {brief_path(missing[0])}; copy them or shorten "
+            "the range"
         )
     return paths
 
@@ -265,6 +272,8 @@ def _index(path: Path, number: int, left_out: LeftOut) -> list[_Sample]:
                 file = member.name.rpartition("/")[2]
                 if member.isdir():
                     continue
+                if member.offset_data + member.size > length:
+                    raise ValueError("it ends in the middle of a file; copy it again")
                 stem, _, ending = member.name.rpartition(".")
                 ending = ending.lower()
                 if hidden(file) or "__MACOSX" in member.name.split("/"):
@@ -285,15 +294,17 @@ def _index(path: Path, number: int, left_out: LeftOut) -> list[_Sample]:
                             f"{brief_path(member.name)} has {member.size:,} bytes; that is no label or caption"
                         )
                     content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    said[stem] |= _field(ending, content, member.name)
+                    for name, value in _field(ending, content, member.name).items():
+                        if said[stem].setdefault(name, value) != value:
+                            raise ValueError(
+                                f"{brief_path(stem)} has two {name}s, {brief(said[stem][name])} and {brief(value)}; keep one"
+                            )
                 else:
                     left_out.add(f"in a format that is not read, .{ending[:20]}", member.name)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the shard {path} cannot be read ({error}); expected a whole, uncompressed .tar") from error
     except ValueError as error:
         raise ValueError(f"the shard {path}: {error}") from error
-    if any(start + size > length for _, start, size in images.values()):
-        raise ValueError(f"the shard {path} ends in the middle of an image; copy it again")
     if not images:
         raise ValueError(f"the shard {path} holds no image (.jpg, .png, .webp, ...); got {len(said)} other entries")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.extras import need
-from nextscale.files import atomic_write
+from nextscale.files import atomic_write, check_readable
 
 Curves = dict[str, dict[int, float]]  # name -> step -> value
 PathLike = str | os.PathLike[str]
@@ -24,9 +24,9 @@ def read_metrics(path: PathLike) -> Curves:
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}; expected the metrics.jsonl of a training run, or its folder")
+    check_readable(path, "the metrics.jsonl of a training run, or its folder")
     curves: Curves = {}
+    bad: list[int] = []
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -34,13 +34,16 @@ def read_metrics(path: PathLike) -> Curves:
             step = int(values["step"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number < len(lines):
-                warnings.warn(f"{path}, line {number}, is not a line of metrics and is left out", stacklevel=2)
+                bad.append(number)
             continue
         for name, value in values.items():
             if name not in ("step", "time") and isinstance(value, int | float):  # alarms are sentences
                 curves.setdefault(name, {})[step] = float(value)
     if not curves:
         raise ValueError(f"{path} holds no metrics; expected JSON lines with `step` and `train/...` or `val/...`")
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        warnings.warn(f"{path}, line {bad[0]}{more}, is not a line of metrics and is left out", stacklevel=2)
     # Lines of a resumed run come in the order of writing.
     return {name: dict(sorted(points.items())) for name, points in curves.items()}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nextscale.data.images import save_images
-from nextscale.files import atomic_write
+from nextscale.files import atomic_write, check_readable
 from nextscale.pixels import on_white, to_uint8
 from nextscale.progress import Bar, say
 
@@ -42,6 +42,7 @@ class RunLog:
 
     def _forget(self, first: int) -> None:
         """Drop the lines after a step, and those that are none; of these, but for one that a kill cut off, a copy stays."""
+        check_readable(self._path, "the run's own metrics")
         content = self._path.read_bytes()
         steps = [_step_of(line) for line in content.splitlines()]
         if any(step is None for step in steps[:-1]):
