@@ -15,6 +15,7 @@ from torch import Tensor
 from nextscale.settings import brief
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+MOST_NUMBERS = 2**33  # of all images together
 LARGEST = 8  # of floats that are still taken for images: random ones of a test are, bytes are not
 
 
@@ -39,6 +40,8 @@ def _taken(images: Any, channels: int | None) -> Tensor:
     if isinstance(images, Image.Image):
         images = pillow_pixels(images, channels)
     elif isinstance(images, list | tuple):
+        if any(isinstance(image, list | tuple) for image in images):
+            raise ValueError(f"expected {wanted}, got a list of lists; make it a tensor")
         return _joined([_taken(image, channels) for image in images], wanted)
     elif isinstance(images, np.ndarray):
         images = _of_array(images, channels, wanted)
@@ -61,6 +64,10 @@ def _taken(images: Any, channels: int | None) -> Tensor:
         raise ValueError(f"expected {wanted}, got {images.dtype}; convert bytes with .to(torch.uint8)")
     if images.is_meta:
         raise ValueError(f"expected {wanted}, got images on the device meta, which have no numbers")
+    if images.numel() > MOST_NUMBERS:
+        raise ValueError(f"expected {wanted}, got {list(images.shape)}, more than {MOST_NUMBERS:,} numbers; take fewer")
+    if images.is_floating_point() and images.dtype.itemsize == 1:  # in which torch cannot compute
+        images = images.float()
     if images.is_floating_point():
         _check_range(images, wanted)
     return images
@@ -136,10 +143,14 @@ def white(pixels: Tensor) -> Tensor:
 
 def pillow_pixels(image: Image.Image, channels: int | None = None) -> Tensor:
     """A Pillow image as it is, turned upright, uint8 [C, H, W]; `channels`: None: as many as it has, 1, 3 or 4."""
+    try:
+        image = image.copy()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the Pillow image cannot be read ({error}); open its file again") from error
     if channels is None:
         grey = image.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L")
         channels = 4 if image.has_transparency_data else 1 if grey else 3
-    with opened(image.copy(), "the Pillow image") as copy:
+    with opened(image, "the Pillow image") as copy:
         upright = ImageOps.exif_transpose(in_mode(copy, channels))
         pixels = np.array(upright.convert(MODES[channels]))
     return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()

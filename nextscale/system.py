@@ -246,6 +246,8 @@ def _listed(values: Any, shape: tuple[int, ...] | None) -> Any:
     arrays become numbers."""
     if isinstance(values, set | frozenset | bytes):
         raise ValueError(f"expected one label, or a list of one for each image, got {brief(values)}")
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ValueError("expected labels that are numbers, got some on the device meta, which has none")
     if getattr(values, "ndim", None) == 0:
         return values.tolist()
     if isinstance(values, str) or not hasattr(values, "__iter__"):
@@ -348,7 +350,10 @@ def _token_map(tokens: Any, pyramid: Pyramid) -> Tokens:
             raise ValueError(f"this system's tokens are mixed, got {type(tokens).__name__}")
         return tokens
     if hasattr(tokens, "__array__") and not isinstance(tokens, Tensor):
-        tokens = torch.as_tensor(tokens)
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"expected a list of token maps [B, l], one a scale, got {brief(tokens)}") from None
     soft = isinstance(tokens, Soft) and kind != "vectors"
     values = tokens.weights if isinstance(tokens, Soft) and soft else tokens
     if not isinstance(values, Tensor):
@@ -377,8 +382,10 @@ def _check_values(values: Tensor, kind: str, codes: int, soft: bool) -> None:
     if values.is_floating_point():
         if not values.isfinite().all():
             raise ValueError(f"this system's tokens are {kind}, got numbers that are not finite (NaN or inf)")
-        if soft and bool((values.sum(dim=-1) - 1).abs().max() > 0.05):
-            raise ValueError("soft weights sum to 1 for each token, got others; make them with logits.softmax(dim=-1)")
+        if soft and bool(((values.sum(dim=-1) - 1).abs() > 0.05).any() or (values < 0).any()):
+            raise ValueError(
+                "soft weights are at least 0 and sum to 1 for each token, got others; make them with logits.softmax(dim=-1)"
+            )
         return
     least, most = int(values.min()), int(values.max())
     if least < 0 or most >= codes:
@@ -424,8 +431,8 @@ def check_device(device: str | torch.device, name: str = "device") -> None:
 def find_recipe(name: str) -> Any:
     """The module of a recipe: `Config`, `tiny()`, and `build(config)` or `apply(system, config)`."""
     names = recipe_names()
-    if name not in names:
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(sorted(names))}")
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"unknown recipe {brief(name)}; there are {', '.join(sorted(names))}")
     return importlib.import_module(names[name])
 
 

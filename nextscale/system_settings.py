@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator
 
 from nextscale.schedule import Schedule
-from nextscale.settings import Settings
+from nextscale.settings import Settings, brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,10 +34,12 @@ class SystemSettings(Settings):
 
     @field_validator("sizes")
     @classmethod
-    def _few_tokens(cls, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens = sum(size * size if isinstance(size, int) else size[0] * size[1] for size in sizes)
-        if tokens > MOST_TOKENS:
-            raise ValueError(f"the scales have {tokens:,} tokens together, expected at most {MOST_TOKENS:,}")
+    def _check_sizes(cls, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+        lengths = [size * size if isinstance(size, int) else size[0] * size[1] for size in sizes]
+        if sum(lengths) > MOST_TOKENS:
+            raise ValueError(f"the scales have {sum(lengths):,} tokens together, expected at most {MOST_TOKENS:,}")
+        if lengths != sorted(lengths):
+            raise ValueError(f"the scales must go from coarse to fine, got {brief(list(sizes))}")
         return sizes
 
     def for_classes(self, classes: Sequence[str]) -> Self:

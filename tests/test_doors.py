@@ -1,6 +1,7 @@
 """The doors of Python and of drawing: whatever has one sure meaning is taken, all else ends in one sentence."""
 
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,9 +62,19 @@ def test_images_of_any_sure_meaning_are_taken(name, system):
     assert [len(token_map) for token_map in tokens] == [len(taken)] * len(system.schedule)
 
 
+def test_floats_of_a_byte_are_taken(system):
+    assert torch.allclose(as_images(X.to(torch.float8_e4m3fn))[0], X, atol=0.1)
+
+
 def test_half_is_taken_and_floats_pass_as_they_are():
     assert torch.allclose(as_images(X.half(), 3)[0], X, atol=1e-3)
     assert as_images(X[None], 3).data_ptr() == X.data_ptr()
+
+
+def closed():
+    image = Image.new("RGB", (32, 32))
+    image.close()
+    return image
 
 
 REFUSED = {
@@ -84,6 +95,9 @@ REFUSED = {
     "a number": (5, "got int"),
     "nothing": (None, "got NoneType"),
     "a table": ({"image": X}, "got dict"),
+    "a list of lists": ([[X]], "a list of lists"),
+    "more than there is memory for": (X[:, :1, :1].expand(3, 10**6, 10**6), "more than 8,589,934,592 numbers"),
+    "a closed Pillow image": (closed(), "open its file again"),
     "Pillow of floats": (Image.new("F", (32, 32)), "floats of unknown range"),
     "Pillow of another size": (Image.new("RGB", (48, 48)), r"\[1, 3, 48, 48\]"),
     "objects": (np.array([None]), "array of object"),
@@ -161,6 +175,7 @@ MISTAKES = {
     "labels 1.0": (lambda s: ns.sample(s, np.array([1.0])), "got 1.0"),
     "label nan": (lambda s: ns.sample(s, NAN), "got nan"),
     "label -1": (lambda s: ns.sample(s, [-1]), "0 to 4"),
+    "labels without numbers": (lambda s: ns.sample(s, torch.zeros(1, device="meta")), "on the device meta"),
     "label 2^70": (lambda s: ns.sample(s, [2**70]), "0 to 4"),
     "labels in a table": (lambda s: ns.sample(s, torch.tensor([[1], [2]])), "got tensor"),
     "labels in lists": (lambda s: ns.sample(s, [[1], [2]]), r"got \[1\]"),
@@ -238,6 +253,11 @@ MISTAKES = {
     "token 10^6 in logits": (lambda s: ns.logits(s, [torch.full((1, 1), 10**6)], 1), "0 to 31, got 1000000"),
     "soft nan": (lambda s: ns.decode(s, [ns.Soft(torch.full((1, 1, 32), NAN))]), "not finite"),
     "soft of 7 codes": (lambda s: ns.decode(s, [ns.Soft(torch.ones(1, 1, 7) / 7)]), r"\[B, l, 32\].* \[1, 1, 7\]"),
+    "soft below 0": (
+        lambda s: ns.decode(s, [ns.Soft(torch.eye(32)[:1, None] * 3 - 1 / 16)]),
+        "at least 0 and sum to 1",
+    ),
+    "texts as a token map": (lambda s: ns.decode(s, [np.array(["a"])]), "a list of token maps"),
     "soft of another sum": (lambda s: ns.decode(s, [ns.Soft(torch.ones(1, 1, 32))]), "sum to 1"),
     "soft whole numbers": (lambda s: ns.decode(s, [ns.Soft(torch.ones(1, 1, 32).long())]), "int64"),
     "three labels for two": (lambda s: ns.logits(s, tokens_of(s), [1, 2, 3]), "each of 2 images, got 3"),
@@ -250,8 +270,22 @@ MISTAKES = {
     "a name in inpaint": (lambda s: ns.inpaint("emoji-64", X, box=BOX), "a system first"),
     "a name in evaluate": (lambda s: ns.evaluate("emoji-64", None, "out"), "a system first"),
     "a name in save": (lambda s: ns.save("emoji-64", "out"), "a system first"),
+    "a list in find_recipe": (lambda s: ns.find_recipe(["var"]), r"unknown recipe \['var'\]"),
     "a number in load": (lambda s: ns.load(5), "the name of a system, got 5"),
     "data of a name": (lambda s: ns.evaluate(s, "folder", "out"), "ns.image_folder"),
+    "names in evaluate_tokenizer": (lambda s: ns.evaluate_tokenizer(s.tokenizer, ["a"], s.schedule), "must be dicts"),
+    "NaN in evaluate_tokenizer": (
+        lambda s: ns.evaluate_tokenizer(s.tokenizer, [{"image": X * NAN}], s.schedule),
+        "finite",
+    ),
+    "batches in evaluate_tokenizer": (
+        lambda s: ns.evaluate_tokenizer(s.tokenizer, [{"image": X[None]}], s.schedule),
+        r"\[C, H, W\], got some of \[1, 3, 32, 32\]",
+    ),
+    "two sizes in evaluate_tokenizer": (
+        lambda s: ns.evaluate_tokenizer(s.tokenizer, [{"image": X}, {"image": X[:, :16]}], s.schedule),
+        "in one size",
+    ),
     "a system in evaluate_tokenizer": (lambda s: ns.evaluate_tokenizer(s, [], s.schedule), "system.tokenizer"),
     "samples True": (lambda s: ns.evaluate(s, Held(), "out", samples=True), "at least 2"),
     "samples 10^12": (lambda s: ns.evaluate(s, Held(), "out", samples=10**12), "2 to 1000000, got 1000000000000"),
@@ -289,6 +323,8 @@ MISTAKES = {
     "columns 0": (lambda s: image_grid(X, columns=0), "got 0"),
     "columns True": (lambda s: image_grid(X, columns=True), "got True"),
     "border -1": (lambda s: image_grid(X, border=-1), "got -1"),
+    "captions in a table": (lambda s: image_grid(X, labels={"a": 1}), "one label for each of 1 images, got {'a': 1}"),
+    "a label of a number": (lambda s: image_grid(X, labels=[5]), "labels and title are texts, got 5"),
     "labels 5": (lambda s: image_grid(X, labels=5), "one label for each of 1 images, got 5"),
     "save inf": (lambda s: ns.save_images(X / 0, "a.png"), "not finite"),
     "save 0 to 255": (lambda s: ns.save_images(BYTES.float(), "a.png"), "floats up to 255"),
@@ -497,6 +533,12 @@ REFUSED_WORDS = {
     "top-p 2": (["--top-p", "2"], "--top-p must be at most 1, got 2"),
     "device hpu": (["--device", "hpu"], "cannot compute on --device hpu"),
     "quotes": (["--labels", '"a'], "quotes do not close"),
+    "no prompt": (["--prompt"], "--prompt needs a value"),
+    "a link in a circle": (
+        ["--out", "loop.png"],
+        "the name 'loop.png': Too many levels of symbolic links",
+    ),
+    "a folder in a circle": (["--out", "loop/a.png"], "no file can have the name 'loop/a.png'"),
 }
 
 
@@ -504,9 +546,16 @@ REFUSED_WORDS = {
 def test_the_command_line_refuses_before_it_works(name, tmp_path, monkeypatch, capsys):
     words, said = REFUSED_WORDS[name]
     monkeypatch.chdir(tmp_path)
+    links = [Path("loop.png"), Path("loop")]
+    for link in links:
+        link.symlink_to(link)
     assert cli.main(["sample", *([] if "--labels" in words else ["--labels", "flags"]), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and said in line and not list(tmp_path.iterdir())
+    assert (
+        line.startswith("error: ")
+        and said in line
+        and sorted(tmp_path.iterdir()) == sorted(tmp_path / link for link in links)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 8, 20, 600, 4000])

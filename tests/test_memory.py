@@ -7,10 +7,12 @@ import time
 from contextlib import nullcontext
 
 import pytest
+import torch
 
+import nextscale as ns
 from nextscale.recipes.generators import var
 from nextscale.training import memory
-from nextscale.training.config import TrainConfig
+from nextscale.training.config import TokenizerLoss, TrainConfig
 
 PROGRAM = """
 import resource
@@ -55,6 +57,7 @@ def test_freed_memory_is_kept_for_the_next_step():
         ("model", {}, {"batch_size": 1_000_000, "recompute": True}, False),
         ("tokenizer", {"autoencoder": {"width": 4096, "multipliers": (64, 64)}}, {}, True),
         ("model", {"transformer": {"depth": 100, "dim": 65536}}, {}, True),
+        ("tokenizer", {"autoencoder": {"multipliers": (1,) * 10}}, {"batch_size": 4}, True),  # of 8192 x 8192 pixels
     ],
 )
 def test_a_shape_that_cannot_fit_is_refused_before_it_is_built(trained, changes, settings, refused, monkeypatch):
@@ -65,3 +68,12 @@ def test_a_shape_that_cannot_fit_is_refused_before_it_is_built(trained, changes,
     with pytest.raises(ValueError, match="GB or more, and this machine has 16") if refused else nullcontext():
         memory.built_to_train(lambda: var.build(shape), trained, TrainConfig(**settings))
     assert time.process_time() - begun < 10
+
+
+def test_a_discriminator_that_cannot_fit_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 16e9)
+    loss = TokenizerLoss(adversarial=1, discriminator_width=4096)
+    data = [{"image": torch.zeros(3, 64, 64)}]
+    with pytest.raises(ValueError, match=r"training this discriminator takes .* GB or more, and this machine has 16"):
+        ns.train_tokenizer(var.build(var.tiny()), data, TrainConfig(steps=1), out=tmp_path / "run", loss=loss)
+    assert not (tmp_path / "run").exists()

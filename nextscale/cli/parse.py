@@ -30,7 +30,7 @@ def parse(function: Callable[..., None], words: Sequence[str], prog: str) -> Cal
 
 
 # Options of several values, whose absence tyro takes for none. An empty value is most often a shell's unset variable.
-SEVERAL = ("--labels", "--sizes", "--loss.scale-weights")
+SEVERAL = ("--labels", "--prompt", "--sizes", "--loss.scale-weights")
 
 
 def check_values(words: Sequence[str], prog: str) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import tyro
 
 from nextscale.checkpoint import load, recipe_of
-from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_writable
+from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_seed, check_writable
 from nextscale.cli.parse import check_values, parse_one_of
 from nextscale.data.dataset import Relabelled
-from nextscale.data.source import DRAWINGS, SourceImages, open_images, remember
+from nextscale.data.source import DRAWINGS, SourceImages, open_images
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
@@ -113,7 +113,6 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         else:
             built = built_to_train(lambda: module.build(system, seed=train.seed, model=False), "tokenizer", train)
         images = load_data(source, built, oversample, augmentation)
-        remember(source.named(), folder)
         train_tokenizer(
             built,
             images.train,
@@ -123,6 +122,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             loss=loss,
             augmentation=augmentation,
             about=about(images, built),
+            source=source.named(),
         )
         print(folder / "system")
 
@@ -193,7 +193,6 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         base = trained(init_from or tokenizer, recipe)
         loss.check(len(sizes) or len(base.schedule))
         images = load_data(source, base, oversample, augmentation)
-        remember(source.named(), folder)
         items, held_out = images.train, images.val
         if init_from:
             system = base
@@ -220,6 +219,7 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             lora=lora,
             cache=cache,
             about=about(images, system),
+            source=source.named(),
         )
         print(folder / "system")
 
@@ -263,7 +263,8 @@ def encode_command(drawings: bool) -> Callable[..., None]:
         from nextscale.encoded import encode_images
         from nextscale.processes import Team
 
-        at_least_one(oversample=oversample, views=views)
+        check_numbers(oversample=oversample, views=views)
+        check_seed(seed)
         if not tokenizer or cache is None:
             raise ValueError("train encode needs --tokenizer, the folder of a tokenizer's run or a system, and --cache")
         check_writable(cache / "index.json")
@@ -315,14 +316,19 @@ def trained(name: str, recipe: str) -> System:
 MOST = {"oversample": 16, "views": 1000}  # times the pixels of a side; times the images to encode
 
 
-def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> Path:
-    """The folder of the run, after the checks at the door."""
-    if out is None:
-        raise ValueError(f"train {kind} needs --out: the folder of the run; try `--out runs/{kind}`")
+def check_numbers(**numbers: int) -> None:
+    """Refuse numbers below 1, and more than anybody wants."""
     at_least_one(**numbers)
     for name, most in MOST.items():
         if numbers.get(name, 1) > most:
             raise ValueError(f"--{name} must be at most {most}, got {numbers[name]}")
+
+
+def checked(kind: str, out: Path | None, train: TrainConfig, **numbers: int) -> Path:
+    """The folder of the run, after the checks at the door."""
+    if out is None:
+        raise ValueError(f"train {kind} needs --out: the folder of the run; try `--out runs/{kind}`")
+    check_numbers(**numbers)
     check_writable(out / "metrics.jsonl")
     check_device(train.device)
     return out

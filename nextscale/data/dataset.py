@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +90,25 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = torch.stack(values)
     batch["mirror_ok"] = torch.tensor(batch.get("mirror_ok", [False] * len(items)))
     return batch
+
+
+def first_item(data: Any, field: str) -> Mapping[str, Any]:
+    """The first item of a data set, whose items are dicts with floats under the name `field`. Raises ValueError for others."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, str) or not len(data):
+        raise ValueError(f"expected a data set with one item or more, got {brief(data)}")
+    try:
+        item = data[0]
+    except KeyError:
+        raise ValueError(f"expected a data set whose items have numbers, got {brief(data)}") from None
+    if not isinstance(item, Mapping):
+        raise ValueError(f"items must be dicts such as {{'{field}': ..., 'label': 3}}, got {brief(item)}")
+    if field not in item:
+        raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
+    if not isinstance(item[field], Tensor) or not item[field].is_floating_point():
+        got = item[field].dtype if isinstance(item[field], Tensor) else type(item[field]).__name__
+        hint = "; bytes become x / 127.5 - 1" if field == "image" else ""
+        raise ValueError(f"items need the {field} as a tensor of floats, got {got}{hint}")
+    return item
 
 
 def one_size(content: Any, field: str) -> Tensor:

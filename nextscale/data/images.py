@@ -6,7 +6,7 @@ import math
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,8 +163,12 @@ def image_grid(
     are shown at 128 px at least. `border`: pixels around each image, by default 4.
     """
     batch = as_bytes(images)
-    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sized) or len(labels) != len(batch)):
+    if labels is not None and (
+        isinstance(labels, str) or not isinstance(labels, Sequence) or len(labels) != len(batch)
+    ):
         raise ValueError(f"expected one label for each of {len(batch)} images, got {brief(labels)}")
+    if wrong := [text for text in (*(labels or ()), title or "") if not isinstance(text, str)]:
+        raise ValueError(f"labels and title are texts, got {brief(wrong[0])}")
     columns = None if columns is None else whole_number("columns", columns, 1, 10**6)
     scale = None if scale is None else whole_number("scale", scale, 1, 1024)
     border = None if border is None else whole_number("border", border, 0, 1024)

@@ -12,7 +12,7 @@ from typing import Any
 from nextscale.data.dataset import Relabelled
 from nextscale.data.images import Size
 from nextscale.data.left_out import LeftOut
-from nextscale.files import atomic_write, brief_path, read_json
+from nextscale.files import as_path, atomic_write, brief_path, read_json, target_of
 from nextscale.settings import brief
 
 DRAWINGS = "openmoji"
@@ -88,6 +88,7 @@ def open_images(
 
 def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool, held_out: float) -> SourceImages:
     columns = {name: getattr(source, name) for name in ("image", "label", "caption")}
+    target_of(as_path(data, "images"))
     if data == DRAWINGS:
         found = _drawings(size, channels, held_out)
     elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
@@ -146,7 +147,7 @@ def _renumbered(own: SourceImages, classes: tuple[str, ...], source: DataSource)
 
 def remember(source: DataSource, run: Path) -> None:
     """Write into the folder of a run what it is trained on, once: it goes on with the same data alone."""
-    if (run / REMEMBERED).exists() or os.environ.get("RANK", "0") != "0":  # of several processes one writes
+    if (run / REMEMBERED).exists():
         return
     with atomic_write(run / REMEMBERED) as path:
         path.write_text(json.dumps(vars(source.absolute()), indent=2) + "\n", encoding="utf-8")

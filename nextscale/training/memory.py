@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nextscale.modules import as_module
 from nextscale.system import System
 from nextscale.training.config import TrainConfig
 
@@ -52,32 +53,57 @@ def built_to_train(build: Callable[[], System], trained: str, config: TrainConfi
     """A new system, after a look, without memory, at whether its training fits into that of this machine.
 
     trained: `tokenizer` or `model`. What is counted, weights and the outputs of layers, is less than what training takes.
-    Accelerators say themselves what is too much, and several processes may share it. Raises ValueError with the two numbers.
+    Raises ValueError with the two numbers.
     """
-    if torch.device(config.device).type != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
-        return build()
     with torch.device("meta"):
         system = build()
-    module = getattr(system, trained)
-    needed = KEPT * sum(parameter.numel() for parameter in module.parameters())
-    if not config.recompute:
-        height, width = system.schedule[-1]
-        needed += 4 * (config.batch_size // config.accumulate) * height * width * _widths(module)
-    if needed > (there := machine_memory()):
-        raise ValueError(
-            f"training this {trained} takes {needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:.0f}; choose a "
-            "smaller shape, or fewer images a step"
+        outputs = (
+            0 if config.recompute else _outputs_of_tokenizer(system) if trained == "tokenizer" else _outputs(system)
         )
+    check_memory(getattr(system, trained), trained, config, config.batch_size // config.accumulate * outputs)
     return build()
 
 
-def _widths(module: nn.Module) -> int:
-    """Numbers that layers put out for a place of the token map, without those of finer maps."""
-    convolutions = [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    if convolutions:
-        return sum(convolutions)
-    named = module.named_modules()
-    return sum(m.out_features for name, m in named if isinstance(m, nn.Linear) and "modulation" not in name)
+def check_memory(module: nn.Module, name: str, config: TrainConfig, outputs: int = 0) -> None:
+    """Refuse a module, perhaps on the device meta, whose training cannot fit into this machine. `outputs`: numbers that its
+    layers put out in a step. Accelerators say themselves what is too much, and several processes may share it."""
+    if torch.device(config.device).type != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    needed = KEPT * sum(parameter.numel() for parameter in module.parameters()) + 4 * outputs
+    if needed > (there := machine_memory()):
+        raise ValueError(
+            f"training this {name} takes {needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:.0f}; choose a "
+            "smaller shape, or fewer images a step"
+        )
+
+
+def _outputs_of_tokenizer(system: System) -> int:
+    """Numbers that the layers of encoder and decoder, on the device meta, put out for an image."""
+    tokenizer, found = system.tokenizer, 0
+
+    def count(layer: nn.Module, given: tuple[object, ...], output: object) -> None:
+        nonlocal found
+        found += output.numel() if isinstance(output, Tensor) and output is not given[0] else 0
+
+    handles = [
+        layer.register_forward_hook(count) for layer in as_module(tokenizer).modules() if not [*layer.children()]
+    ]
+    try:
+        with torch.no_grad():
+            tokenizer.decode(
+                tokenizer.features(torch.zeros(1, *system.output.shape(system.schedule, tokenizer.stride)))
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _outputs(system: System) -> int:
+    """Numbers that the linear layers of the model put out for an image, without those of coarser maps."""
+    named = as_module(system.model).named_modules()
+    widths = [m.out_features for name, m in named if isinstance(m, nn.Linear) and "modulation" not in name]
+    return system.schedule.lengths[-1] * sum(widths)
 
 
 def machine_memory() -> float:

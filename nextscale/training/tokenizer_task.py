@@ -40,6 +40,7 @@ from nextscale.training.average import Average
 from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.fit import adamw, autocast, descend, scaler
 from nextscale.training.log import Shown
+from nextscale.training.memory import check_memory
 
 Metrics = dict[str, Tensor | float]
 
@@ -72,9 +73,12 @@ class TokenizerTask:
                 "the perceptual distance and the discriminator look at pictures, and this output has none; use "
                 "--loss.perceptual 0 --loss.adversarial 0"
             )
+        channels = 3 if shown is None else shown.shape[1]
+        if loss.discriminator != "dino":
+            with torch.device("meta"):
+                check_memory(build_discriminator(loss, channels), "discriminator", config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            channels = 3 if shown is None else shown.shape[1]
             self.discriminator = build_discriminator(loss, channels, team).to(config.device)
         self.perceptual = build_perceptual(loss)
         if self.perceptual is not None:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from nextscale.checkpoint import save
 from nextscale.contracts import Objective, TrainableTokenizer
-from nextscale.data.dataset import collate, one_size
+from nextscale.data.dataset import collate, first_item, one_size
+from nextscale.data.source import DataSource, remember
 from nextscale.data.transforms import AugmentSettings, augment
 from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
@@ -24,7 +25,7 @@ from nextscale.extras import need
 from nextscale.files import as_path
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import Images
-from nextscale.processes import Team
+from nextscale.processes import Team, check_workers
 from nextscale.settings import brief, whole_number
 from nextscale.system import System, check_device
 from nextscale.training.config import GeneratorLoss, TokenizerLoss, TrainConfig
@@ -48,6 +49,7 @@ def train_tokenizer(
     loss: TokenizerLoss = TokenizerLoss(),
     augmentation: AugmentSettings | None = None,
     about: Mapping[str, Any] | None = None,
+    source: DataSource | None = None,
 ) -> System:
     """Train the tokenizer of a system on images, or on what else its output is; goes on where a run in `out` stopped.
 
@@ -57,6 +59,7 @@ def train_tokenizer(
         val: items with `image` of the system's size, which are judged every `validate_every` steps; None or empty: none.
         out: folder of the run; `out/system` holds the result, which `ns.load` reads.
         about: what the run's first line says of the data, and run.json keeps; default: their number.
+        source: what the data are read from, which the system remembers for `nextscale evaluate`.
 
     Returns the system, with the averaged weights.
     """
@@ -87,7 +90,7 @@ def train_tokenizer(
         tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
     )
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
-    with _folder(out, system, team):
+    with _folder(out, system, team, source):
         fit(task, data, config, out, "tokenizer", settings, transform, team, about or _about(system, data, val))
         if team.leads:
             save(system, out / "system")
@@ -111,13 +114,14 @@ def train_model(
     cache: str | os.PathLike[str] | None = None,
     objective: Objective | None = None,
     about: Mapping[str, Any] | None = None,
+    source: DataSource | None = None,
 ) -> System:
     """Train the generator of a system, whose tokenizer stays as it is; goes on where a run in `out` stopped.
 
     Args:
-        data, val, out, augmentation, about: as for `train_tokenizer`; items also have what the system's readers want: `label`,
-            a class number, or `caption`, or a tensor; or `labels` or `captions`, several that fit the image, of which training
-            picks one at random. None for an objective that wants nothing.
+        data, val, out, augmentation, about, source: as for `train_tokenizer`; items also have what the system's readers want:
+            `label`, a class number, or `caption`, or a tensor; or `labels` or `captions`, several that fit the image, of which
+            training picks one at random. None for an objective that wants nothing.
         views: augmented versions of each image that are encoded, once, before training.
         lora: rank of adapters (LoRA), which are trained instead of the weights, together with what the model is told; they are
             merged into the weights of the result. 0: all weights are trained. Needs the extra nextscale[lora].
@@ -138,6 +142,11 @@ def train_model(
             f"sharded training has the model alone, but {', '.join(parts)} train with it; leave --shard off"
         )
     loss.check(len(system.schedule))
+    told = system.condition(None).parts() if loss.drop_parts else ()
+    if unknown := set(loss.drop_parts) - set(told):
+        raise ValueError(
+            f"loss.drop_parts names {brief(min(unknown))}; the parts of this condition are {', '.join(told)}"
+        )
     _refuse_half(system.tokenizer, system.need_model(), *trained_parts(system).values())
     team, config = _join(config)
     out = as_path(out, "the folder of the run")
@@ -170,7 +179,7 @@ def train_model(
             held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
     held = None if val is None else len(val)  # type: ignore[arg-type]
     seen = {"images": len(data), "views": views} if kind in ("tokens", "features") else {}  # type: ignore[arg-type]
-    with _folder(out, system, team):
+    with _folder(out, system, team, source):
         _train_model(
             system,
             items,
@@ -244,11 +253,13 @@ def check_packages(config: TrainConfig, loss: TokenizerLoss | None = None, lora:
 
 
 @contextmanager
-def _folder(out: Path, system: System, team: Team) -> Iterator[None]:
+def _folder(out: Path, system: System, team: Team, source: DataSource | None) -> Iterator[None]:
     """The folder of a run, for this training alone; with what a system needs beside a checkpoint."""
     with alone_in(out) if team.leads else nullcontext():
         if team.leads and not (out / "system" / "config.json").exists():
             keep_start(system, out)
+        if team.leads and source is not None:
+            remember(source, out)
         yield
 
 
@@ -293,11 +304,8 @@ def _join(config: TrainConfig) -> tuple[Team, TrainConfig]:
     """The processes that train together, and the settings with this one's own device. Raises ValueError, before any work, for
     a batch that they cannot share."""
     check_device(config.device)
-    cores = os.cpu_count() or 1
-    if config.workers > 16 * cores:
-        raise ValueError(
-            f"workers: expected at most 16 for each of {cores} cores, got {config.workers}; 2 to 8 are usual"
-        )
+    check_workers(config.workers)
+    check_workers(config.threads or 1, "threads")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.shard and config.precision == "float16":
@@ -333,17 +341,8 @@ def _some(val: Dataset | None) -> Dataset | None:
 
 def _check_size(system: System, data: Dataset, augmentation: AugmentSettings | None) -> None:
     """Without augmentation, which checks and reduces what it gets, content must have the system's size."""
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
-        raise ValueError(f"expected a data set with one item or more, got {brief(data)}")
-    field, item = system.output.field, data[0]
-    if not isinstance(item, Mapping):
-        raise ValueError(f"items must be dicts such as {{'{field}': ..., 'label': 3}}, got {brief(item)}")
-    if field not in item:
-        raise ValueError(f"this system makes {field}s, but the data have none: items have {', '.join(item)}")
-    if not isinstance(item[field], Tensor) or not item[field].is_floating_point():
-        got = item[field].dtype if isinstance(item[field], Tensor) else type(item[field]).__name__
-        hint = "; bytes become x / 127.5 - 1" if field == "image" else ""
-        raise ValueError(f"items need the {field} as a tensor of floats, got {got}{hint}")
+    field = system.output.field
+    item = first_item(data, field)
     size, got = system.output.shape(system.schedule, system.tokenizer.stride), tuple(item[field].shape)
     if augmentation is None and got != size:
         if field == "image" and got[:1] == size[:1]:
