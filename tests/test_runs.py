@@ -330,6 +330,9 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path):
         pytest.raises(BlockingIOError, match=rf"in use by another training \(process {os.getpid()} on "),
     ):
         train(tmp_path)
+    with alone_in(tmp_path / "g"), pytest.raises(BlockingIOError, match="in use by another training"):
+        ns.train_model(var.build(small(), seed=1), DATA, TrainConfig(steps=1, batch_size=2), out=tmp_path / "g")
+    assert not (tmp_path / "g" / "encoded").exists()  # which a second one would take away from the first
     train(tmp_path)  # whoever held it let go
 
 

@@ -433,6 +433,8 @@ def _batches(loader: Any, checkpoints: Checkpoints) -> Iterator[Any]:
             return
         except (OSError, ValueError, EOFError) as error:
             died = isinstance(error, ConnectionError | EOFError)  # a process that loads images, while it sent one
+            if died:
+                time.sleep(1)  # torch says it, too, as soon as the system does; wherever the program is then
             what = "a process that loads images died" if died else "reading images failed"
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise OSError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,9 @@ def train_tokenizer(
         tokenizer, system.schedule, config, loss, _some(val), first_content, team, output=system.output
     )
     settings = {"loss": loss, "augmentation": augmentation, "system": system.config}
-    with _folder(out, system, team, source):
-        fit(task, data, config, out, "tokenizer", settings, transform, team, about or _about(system, data, val))
+    with _alone_in(out, team):
+        _keep_start(system, out, team, source)
+        fit(task, data, config, out, "tokenizer", settings, transform, team, about or _about(system, val))
         if team.leads:
             save(system, out / "system")
             forget_start(out)
@@ -152,47 +153,36 @@ def train_model(
     out = as_path(out, "the folder of the run")
     system.to(config.device)
     objective = objective or system.objective
-    val, held_out, kind = _some(val), None, objective.wants
-    items: Any
-    if kind == "nothing":
-        items, held_out = NoItems(config.batch_size), val
-    elif data is None:
+    val, kind = _some(val), objective.wants
+    if data is None and kind != "nothing":
         raise ValueError(f"this objective wants {kind}, so training needs data, got none")
-    elif kind == "items":
-        items, held_out = data, val
-    else:
-        _check_size(system, data, augmentation)
-        items = encode_images(
-            system,
-            data,
-            Path(cache) if cache is not None else out / "encoded",
-            kind=kind,
-            views=views,
-            augmentation=augmentation,
-            seed=config.seed,
-            workers=config.workers,
-            strict=cache is not None,
-            team=team,
-        )
-        items.check(system)
-        if val is not None:
-            held_out = encode_images(system, val, out / "encoded-val", workers=config.workers, team=team)
-    held = None if val is None else len(val)  # type: ignore[arg-type]
-    seen = {"images": len(data), "views": views} if kind in ("tokens", "features") else {}  # type: ignore[arg-type]
-    with _folder(out, system, team, source):
-        _train_model(
-            system,
-            items,
-            held_out,
-            config,
-            out,
-            loss,
-            augmentation,
-            lora,
-            objective,
-            team,
-            seen | dict(about or _about(system, items, held)),
-        )
+    items: Any = NoItems(config.batch_size) if kind == "nothing" else data
+    held_out: Any = val
+    seen = dict(about or _about(system, val))
+    encoded = kind if kind == "tokens" or kind == "features" else None
+    if encoded:
+        _check_size(system, items, augmentation)
+        seen |= {"images": len(items), "views": views}
+    with _alone_in(out, team):  # what is encoded lies there too
+        if encoded:
+            place = out / "encoded" if cache is None else Path(cache)
+            how: dict[str, Any] = {"workers": config.workers, "team": team}
+            items = encode_images(
+                system,
+                items,
+                place,
+                kind=encoded,
+                views=views,
+                augmentation=augmentation,
+                seed=config.seed,
+                strict=cache is not None,
+                **how,
+            )
+            items.check(system)
+            if val is not None:
+                held_out = encode_images(system, val, out / "encoded-val", **how)
+        _keep_start(system, out, team, source)
+        _train_model(system, items, held_out, config, out, loss, augmentation, lora, objective, team, seen)
     team.wait()  # all return when the files are there
     return system.eval()
 
@@ -252,22 +242,23 @@ def check_packages(config: TrainConfig, loss: TokenizerLoss | None = None, lora:
         need("eval", "the perceptual loss")
 
 
-@contextmanager
-def _folder(out: Path, system: System, team: Team, source: DataSource | None) -> Iterator[None]:
-    """The folder of a run, for this training alone; with what a system needs beside a checkpoint."""
-    with alone_in(out) if team.leads else nullcontext():
-        if team.leads and not (out / "system" / "config.json").exists():
-            keep_start(system, out)
-        if team.leads and source is not None:
-            remember(source, out)
-        yield
+def _alone_in(out: Path, team: Team) -> AbstractContextManager[None]:
+    """The folder of a run, for this training alone."""
+    return alone_in(out) if team.leads else nullcontext()
 
 
-def _about(system: System, data: Any, val: Any) -> dict[str, Any]:
+def _keep_start(system: System, out: Path, team: Team, source: DataSource | None) -> None:
+    """What a system needs beside a checkpoint, and where the data are."""
+    if team.leads and not (out / "system" / "config.json").exists():
+        keep_start(system, out)
+    if team.leads and source is not None:
+        remember(source, out)
+
+
+def _about(system: System, val: Dataset | None) -> dict[str, Any]:
     """What a run's first line says of its data."""
-    held = val if isinstance(val, int) or val is None else len(val)
     found: dict[str, Any] = {"classes": len(system.classes)} if system.classes else {}
-    found |= {"held_out": held} if held is not None else {}
+    found |= {"held_out": len(val)} if val is not None else {}  # type: ignore[arg-type]
     if isinstance(system.output, Images):
         found["size"] = "{}x{} px".format(*system.image_size)
     return found
