@@ -24,6 +24,7 @@ from nextscale.system import System, check_device, check_system, find_method, fi
 
 # Kinds of numbers that weights may have in a file.
 FLOATS = ("F32", "F16", "BF16", "F64")
+HALVES = (torch.float16, torch.bfloat16)
 WHOLE = ("I64", "I32", "U8", "BOOL")
 
 
@@ -61,7 +62,7 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     """
     check_system(system)
     folder = as_path(folder, "a folder to write")
-    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+    if not (dtype is None or isinstance(dtype, torch.dtype)) or dtype not in (None, *HALVES, torch.float32):
         raise ValueError(f"dtype: expected torch.float16, bfloat16 or float32, got {brief(dtype)}")
     saved = saved_parts(system.base)
     _check_changed(system, saved)

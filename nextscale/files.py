@@ -36,16 +36,19 @@ def disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
-def target_of(path: str | os.PathLike[str]) -> Path:
-    """The path that links lead to, of a file that may not be there yet. Raises ValueError for a name that no file can have, and
-    for links that lead in a circle."""
-    path = Path(path)
+def check_name(path: Path) -> None:
+    """Refuse a name that no file can have, and links that lead in a circle; whether there is a file is another question."""
     try:
         path.stat()  # only those who ask for the file learn what is wrong with its name
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError) as error:
         raise ValueError(f"no file can have the name {brief(str(path))}: {_reason(error)}; give another") from None
+
+
+def target_of(path: Path) -> Path:
+    """The path that links lead to, of a file that may not be there yet. Raises ValueError as `check_name`."""
+    check_name(path)
     return path.resolve()
 
 
@@ -162,9 +165,10 @@ def _reason(error: Exception) -> str:
 
 
 def as_path(path: Any, expected: str) -> Path:
-    """A path of a user's, or ValueError for what is none; `expected` says what it is of."""
+    """A path of a user's, or ValueError for what is none, or no file can have; `expected` says what it is of."""
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"expected the path of {expected}, got {brief(path)}")
+    check_name(Path(path))
     return Path(path)
 
 

@@ -43,7 +43,9 @@ class Schedule:
                 f"a schedule needs at least one (height, width) pair of positive whole numbers, got {brief(self.sizes)}"
             )
         if (length := sum(h * w for h, w in sizes)) > MOST_TOKENS:
-            raise ValueError(f"a schedule may have {MOST_TOKENS:,} tokens, got one of {length:,}; take smaller scales")
+            raise ValueError(
+                f"a schedule may have {MOST_TOKENS:,} tokens, got one of {brief(length)}; take smaller scales"
+            )
         object.__setattr__(self, "sizes", sizes)
 
     @classmethod

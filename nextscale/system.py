@@ -148,8 +148,8 @@ class System(nn.Module):
 
     def half_(self, dtype: torch.dtype) -> System:
         """Weights and activations in bfloat16 or float16 from now on, for sampling; what `FLOAT32` names stays float32."""
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"dtype: expected torch.bfloat16, float16 or float32, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype: expected torch.bfloat16, float16 or float32, got {brief(dtype)}")
         self.to(dtype)
         for name in FLOAT32:
             owner, _, leaf = name.partition(".")

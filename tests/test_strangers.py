@@ -165,3 +165,12 @@ def test_a_flipped_byte_of_shipped_weights_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         ns.load(copy)
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_weights_that_no_number_can_hold_are_named(part, copy):
+    path = copy / f"{part}.safetensors"
+    save_file({name: torch.full_like(tensor, 1e38) for name, tensor in load_file(path).items()}, path)
+    edit(copy, digests={})
+    with pytest.raises((FloatingPointError, ValueError), match=r"not finite|NaN"):
+        ns.sample(ns.load(copy), [1])

@@ -12,7 +12,7 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
-from nextscale.files import target_of
+from nextscale.files import check_name, target_of
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.settings import brief, faults
 
@@ -212,7 +212,7 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
 
 def check_writable(path: Path) -> None:
     """Refuse a file that could not be written later; leaves nothing behind."""
-    target_of(path)
+    check_name(path)
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; give a name that no folder has")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -132,7 +132,7 @@ def image_folder(
     height_width(size)
     check_share(validation)
     if not root.exists():
-        raise FileNotFoundError(f"no such folder: {root} (relative paths start from {Path.cwd()})")
+        raise FileNotFoundError(f"no such folder: {brief_path(root)} (relative paths start from {Path.cwd()})")
     if not root.is_dir():
         raise ValueError(f"expected a folder of images, got the file {root}; for single files use read_images")
 

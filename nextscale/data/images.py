@@ -35,7 +35,11 @@ TILE, GAP = 128, 4  # in a grid images are shown at least so large, with so much
 def height_width(size: Size) -> tuple[int, int]:
     """`size` as (height, width); a number means a square. Raises ValueError unless both are positive whole numbers."""
     try:
-        sides = size if isinstance(size, Iterable) and getattr(size, "ndim", 1) != 0 else (size, size)
+        sides = (
+            size
+            if isinstance(size, Iterable) and not isinstance(size, set | dict) and getattr(size, "ndim", 1) != 0
+            else (size, size)
+        )
         pair = tuple(as_int(side) for side in sides)
     except TypeError:
         pair = ()
@@ -61,11 +65,7 @@ def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: boo
     height_width(size)
     path = as_path(path, "an image file")
     shown = brief_path(path)
-    try:
-        absent = not path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        absent = True
-    if absent:
+    if not path.exists():
         raise FileNotFoundError(f"no such image file: {shown} (relative paths start from {Path.cwd()})")
     if not path.is_file():
         raise ValueError(f"expected an image file, got {shown}, which is a folder or a device; name the files in it")
@@ -167,7 +167,7 @@ def image_grid(
         isinstance(labels, str) or not isinstance(labels, Sequence) or len(labels) != len(batch)
     ):
         raise ValueError(f"expected one label for each of {len(batch)} images, got {brief(labels)}")
-    if wrong := [text for text in (*(labels or ()), title or "") if not isinstance(text, str)]:
+    if wrong := [text for text in (*(labels or ()), title) if not (text is None or isinstance(text, str))]:
         raise ValueError(f"labels and title are texts, got {brief(wrong[0])}")
     columns = None if columns is None else whole_number("columns", columns, 1, 10**6)
     scale = None if scale is None else whole_number("scale", scale, 1, 1024)

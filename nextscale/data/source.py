@@ -12,7 +12,7 @@ from typing import Any
 from nextscale.data.dataset import Relabelled
 from nextscale.data.images import Size
 from nextscale.data.left_out import LeftOut
-from nextscale.files import as_path, atomic_write, brief_path, read_json, target_of
+from nextscale.files import as_path, atomic_write, brief_path, read_json
 from nextscale.settings import brief
 
 DRAWINGS = "openmoji"
@@ -88,7 +88,7 @@ def open_images(
 
 def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool, held_out: float) -> SourceImages:
     columns = {name: getattr(source, name) for name in ("image", "label", "caption")}
-    target_of(as_path(data, "images"))
+    as_path(data, "images")
     if data == DRAWINGS:
         found = _drawings(size, channels, held_out)
     elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():

@@ -52,8 +52,10 @@ def evaluate_likelihood(
     """Teacher-forced measures of tokens [N, L] (of bits [N, L, d]) under what is told of them, N labels or prompts, or several
     such lists by name. Heads that need random numbers draw them from the seed: the same ones each time."""
     check_system(system)
-    if not hasattr(tokens, "__len__") or not len(tokens):
+    if isinstance(tokens, str | list) or not hasattr(tokens, "__len__") or not len(tokens):
         raise ValueError(f"expected tokens of one image or more, [N, L], got {brief(tokens)}")
+    if isinstance(tokens, Tensor) and (tokens.is_meta or tokens.ndim < 2 or tokens.shape[1] != system.schedule.length):
+        raise ValueError(f"expected tokens [N, {system.schedule.length}], got a tensor {list(tokens.shape)}")
     scored = [_score(system, *batch, seed) for batch in _batches(system, tokens, labels, batch_size)]
     measures = {name: torch.cat([part[name] for part in scored]).double().mean(dim=0).tolist() for name in scored[0]}
     return LikelihoodReport(measures, system.schedule.lengths)

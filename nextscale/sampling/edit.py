@@ -205,7 +205,7 @@ def generated_tokens(
 
 def check_box(box: Box) -> tuple[float, float, float, float]:
     """The box as four floats; raises ValueError unless 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1."""
-    if isinstance(box, Tensor) and box.ndim != 1:
+    if isinstance(box, Tensor) and (box.ndim != 1 or box.is_meta):
         raise ValueError(f"a box is (y0, x0, y1, x1), got a tensor {list(box.shape)}; a mask goes to mask=")
     try:
         y0, x0, y1, x1 = (finite_number("box", edge, 0, 1) for edge in box)

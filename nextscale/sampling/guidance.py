@@ -94,6 +94,8 @@ def _weight(number: Any) -> float:
 def checked(numbers: Any, check: Callable[[Any], float]) -> float | tuple[float, ...]:
     """One number, or a list (array, tensor) of one for each scale, each of them checked."""
     if isinstance(numbers, list | tuple) or getattr(numbers, "ndim", 0) == 1:
+        if not len(numbers):
+            raise ValueError("expected one number, or one for each scale, got none")
         return tuple(check(number) for number in numbers)
     return check(numbers)
 

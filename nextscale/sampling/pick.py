@@ -142,7 +142,15 @@ def filter_logits(logits: Tensor, k: int = 0, p: float = 0.0) -> Tensor:
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.multinomial(probabilities, 1, replacement=True, generator=generator).squeeze(1)
+    try:
+        return torch.multinomial(probabilities, 1, replacement=True, generator=generator).squeeze(1)
+    except RuntimeError as error:
+        if probabilities.isfinite().all():
+            raise
+        raise FloatingPointError(
+            "the model gives logits that are not finite, so no token can be drawn; its weights are broken, or too large for "
+            "the numbers it computes in"
+        ) from error
 
 
 def _gumbel(logits: Tensor, generator: torch.Generator) -> Tensor:
