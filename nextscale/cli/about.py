@@ -24,7 +24,6 @@ from nextscale.cli.methods import Methods, applies_to, constant, load_changed, r
 PACKAGE = Path(ns.__file__).parent
 
 
-# The packages of each extra of pyproject.toml.
 def info(
     system: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[SYSTEM]", help_behavior_hint="(default: none)")

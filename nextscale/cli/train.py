@@ -100,12 +100,12 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             system: the shape of the tokenizer, where it differs from the preset
         """
         folder = checked("tokenizer", out, train, oversample=oversample)
-        check_packages(train, loss)
         if losses:
             if losses not in LOSSES:
                 raise ValueError(f"unknown --losses {losses!r}; there are {', '.join(LOSSES)}")
             files = ("lpips_vgg", "lpips_linear", "dino_weights")
             loss = LOSSES[losses].model_copy(update={name: getattr(loss, name) for name in files})
+        check_packages(train, loss)
         if init_from:
             built = trained(init_from, recipe).base  # methods change the generator
             built.model = None

@@ -212,28 +212,24 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in IGNORED
 
 
-HIDDEN = "hidden, or left behind by a system"
-
-
 def _count_hidden(folder: Path, root: Path, endings: frozenset[str], left_out: LeftOut) -> None:
     """Count what is called an image in a folder that is not read."""
     for parent, _, leaves in os.walk(folder):
         for file in (Path(parent, leaf) for leaf in leaves):
             if file.suffix.lower() in endings:
-                left_out.total += 1
-                left_out.add(HIDDEN, str(file.relative_to(root)))
+                left_out.add_hidden(str(file.relative_to(root)))
 
 
 def _folders(root: Path) -> list[Path]:
     """The subfolders that may be classes, in the order of the classes: by name, names that are all numbers by number."""
     folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not hidden(child.name)]
     for folder in folders:
-        check_name(folder)
+        check_utf8(folder)
     numbers = all(re.fullmatch(r"[0-9]{1,18}", folder.name) for folder in folders)
     return sorted(folders, key=lambda folder: (int(folder.name), folder.name)) if numbers else folders
 
 
-def check_name(path: Path) -> None:
+def check_utf8(path: Path) -> None:
     """Raise ValueError for a name that no text file can hold: found now, and not when the run's files are written."""
     try:
         path.name.encode("utf-8")
@@ -271,8 +267,7 @@ def _find(root: Path, left_out: LeftOut) -> tuple[list[tuple[Path, int]], tuple[
         """Whether it is one; what is not is counted, but for what says something of images."""
         if hidden(file.name):
             if file.suffix.lower() in endings:
-                left_out.total += 1
-                left_out.add(HIDDEN, str(file.relative_to(root)))
+                left_out.add_hidden(str(file.relative_to(root)))
             return False
         if file.name in TABLES:
             return False

@@ -27,6 +27,11 @@ class LeftOut:
         if len(self._names[reason]) < NAMED:
             self._names[reason].append(name[-80:])
 
+    def add_hidden(self, name: str) -> None:
+        """One more that is called an image, and is none of the user's."""
+        self.total += 1
+        self.add("hidden, or left behind by a system", name)
+
     @property
     def names(self) -> Mapping[str, list[str]]:
         """Some names by reason."""

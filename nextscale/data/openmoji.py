@@ -32,6 +32,7 @@ from nextscale.data.images import check_share
 from nextscale.extras import need
 from nextscale.files import atomic_write, cache_dir
 from nextscale.pixels import to_float
+from nextscale.progress import Bar
 from nextscale.settings import whole_number
 
 # Groups whose drawings stay what they are in a mirror; flags, signs, logos and letters do not.
@@ -223,8 +224,6 @@ def render(svg: Path, size: int) -> np.ndarray:
 
 def render_all(rows: list[EmojiRow], size: int, progress: bool) -> Tensor:
     """All drawings of `rows`: uint8 [N, 3, size, size]. Threads, because the renderer works outside Python's lock."""
-    from nextscale.progress import Bar
-
     folder = svg_folder()
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

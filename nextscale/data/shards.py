@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
-from nextscale.data.folder import HIDDEN, hidden
+from nextscale.data.folder import hidden
 from nextscale.data.images import Seen, Size, check_share, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
 from nextscale.data.openmoji import split_position
@@ -278,8 +278,7 @@ def _index(path: Path, number: int, left_out: LeftOut) -> list[_Sample]:
                 ending = ending.lower()
                 if hidden(file) or "__MACOSX" in member.name.split("/"):
                     if f".{ending}" in endings:
-                        left_out.total += 1
-                        left_out.add(HIDDEN, member.name)
+                        left_out.add_hidden(member.name)
                     continue
                 left_out.total += f".{ending}" in endings or ending not in SAID
                 if not member.isfile():

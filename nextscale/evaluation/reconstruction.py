@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextscale.contracts import Output, Tokenizer
-from nextscale.data.dataset import first_item, one_size
+from nextscale.data.dataset import collate, first_item, one_size
 from nextscale.output import Images, decibel
 from nextscale.schedule import Schedule
 
@@ -59,21 +59,20 @@ def evaluate_tokenizer(
     """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is."""
     if not hasattr(tokenizer, "pyramid"):
         raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}; a system's is system.tokenizer")
-    content = first_item(data, output.field)[output.field]
-    if output.field == "image" and content.ndim != 3:
+    field = output.field
+    content = first_item(data, field)[field]
+    if field == "image" and content.ndim != 3:
         raise ValueError(f"expected images [C, H, W], got some of {list(content.shape)}")
     pyramid = tokenizer.pyramid
     found: list[dict[str, list[Tensor]]] = [{} for _ in schedule.sizes]
     counts: list[Tensor] = []
     seen = 0
     for batch in DataLoader(
-        data, batch_size=batch_size, collate_fn=lambda items: [item[output.field] for item in items]
+        data, batch_size=batch_size, collate_fn=lambda items: collate([{field: item[field]} for item in items])
     ):
-        content = one_size(torch.stack(batch) if len({one.shape for one in batch}) == 1 else batch, output.field).to(
-            device
-        )
+        content = one_size(batch[field], field).to(device)
         if not content.isfinite().all():
-            raise ValueError(f"the data have {output.field}s that are not finite (NaN or inf); take them out")
+            raise ValueError(f"the data have {field}s that are not finite (NaN or inf); take them out")
         encoded = tokenizer.encode(content, schedule)
         seen += len(content)
         for k, f_hat in enumerate(encoded.f_hats):

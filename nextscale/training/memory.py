@@ -55,19 +55,25 @@ def built_to_train(build: Callable[[], System], trained: str, config: TrainConfi
     trained: `tokenizer` or `model`. What is counted, weights and the outputs of layers, is less than what training takes.
     Raises ValueError with the two numbers.
     """
+    if not _is_counted(config):
+        return build()
     with torch.device("meta"):
-        system = build()
-        outputs = (
-            0 if config.recompute else _outputs_of_tokenizer(system) if trained == "tokenizer" else _outputs(system)
-        )
+        system, outputs = build(), 0
+        if not config.recompute:
+            outputs = _outputs_of_tokenizer(system) if trained == "tokenizer" else _outputs(system)
     check_memory(getattr(system, trained), trained, config, config.batch_size // config.accumulate * outputs)
     return build()
+
+
+def _is_counted(config: TrainConfig) -> bool:
+    """Whether what a training takes lies in this machine's memory, and all of it."""
+    return torch.device(config.device).type == "cpu" and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def check_memory(module: nn.Module, name: str, config: TrainConfig, outputs: int = 0) -> None:
     """Refuse a module, perhaps on the device meta, whose training cannot fit into this machine. `outputs`: numbers that its
     layers put out in a step. Accelerators say themselves what is too much, and several processes may share it."""
-    if torch.device(config.device).type != "cpu" or os.environ.get("WORLD_SIZE", "1") != "1":
+    if not _is_counted(config):
         return
     needed = KEPT * sum(parameter.numel() for parameter in module.parameters()) + 4 * outputs
     if needed > (there := machine_memory()):
