@@ -165,6 +165,9 @@ class System(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the schedule makes."""
+        if isinstance(self.output, Images):
+            _, height, width = self.output.shape(self.schedule, self.tokenizer.stride)
+            return height, width
         h, w = self.schedule[-1]
         return h * self.tokenizer.stride, w * self.tokenizer.stride
 

@@ -31,6 +31,7 @@ VAR_VARIANTS = {
             depth=2, dim=32, num_heads=2, shared_adaln=True, qk_norm=False, init_head=1.0, init_gate=1.0
         )
     },
+    "no adaln": {"transformer": var.TransformerSettings(depth=2, dim=32, num_heads=2, adaln=False, init_head=1.0)},
     "phi of each scale, cosine": {
         "pyramid": var.PyramidSettings(codebook_size=32, code_dim=8, phi="each", cosine=True)
     },

@@ -287,8 +287,7 @@ def generate(
     from nextscale.sampling.loop import stepper_of
 
     stepper, schedule = stepper_of(system), options.get("schedule") or system.schedule
-    stride: Any = system.tokenizer.stride
-    size = [side * stride for side in schedule[-1]]
+    size = system.output.shape(schedule, system.tokenizer.stride)[-2:]
     starts = range(0, len(labels), BATCH)
     batches: list[list[Frame]] = []
     with Bar(total=len(schedule) * len(starts), desc="sampling", unit="scale") as bar:

@@ -121,8 +121,27 @@ class SharedModulation(nn.Module):
         self.offset[gates:].mul_(settings.init_adaln)
 
 
-def modulation(settings: TransformerSettings, parts: int = 6) -> OwnModulation | SharedModulation:
-    """A block's AdaLN, as the settings want it."""
+class FixedModulation(nn.Module):
+    """No AdaLN: learned gates, scales and shifts, the same whatever the condition, as of an ordinary transformer."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(parts, 1, dim))
+
+    def forward(self, vec: Tensor) -> Tensor:  # [B, D] -> [B, parts, 1, D]
+        return self.offset.expand(len(vec), -1, -1, -1)
+
+    @torch.no_grad()
+    def reset_parameters(self, settings: TransformerSettings, generator: torch.Generator) -> None:
+        """Gates (the first third) are open, and scales and shifts change nothing."""
+        self.offset.zero_()
+        self.offset[: len(self.offset) // 3] = 1.0
+
+
+def modulation(settings: TransformerSettings, parts: int = 6) -> OwnModulation | SharedModulation | FixedModulation:
+    """A block's modulation, as the settings want it."""
+    if not settings.adaln:
+        return FixedModulation(settings.dim, parts)
     return (SharedModulation if settings.shared_adaln else OwnModulation)(settings.dim, parts)
 
 

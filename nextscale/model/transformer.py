@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nextscale.condition import Condition
 from nextscale.contracts import Block, Conditioner, Head, Positions
 from nextscale.model.attention import ModelCache
-from nextscale.model.block import AdaLNBlock, OwnModulation, plain_norm
+from nextscale.model.block import AdaLNBlock, FixedModulation, OwnModulation, plain_norm
 from nextscale.model.init import var_normal_
 from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.modules import as_module, module_list, replaced
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         self.register_module("blocks", module_list(block(settings, rate) for rate in rates))
         self.positions_before, self.compose = positions_before, compose
         self.norm = plain_norm(settings)
-        self.head_modulation = OwnModulation(dim, parts=2)
+        self.head_modulation = (OwnModulation if settings.adaln else FixedModulation)(dim, parts=2)
         self.head: Head
         self.register_module("head", as_module(head))
 
@@ -176,4 +176,5 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.reset_parameters(self.settings, generator)
         self.head.reset_parameters(self.settings, generator)
-        self.head_modulation.linear.weight.mul_(self.settings.init_adaln)
+        if isinstance(self.head_modulation, OwnModulation):
+            self.head_modulation.linear.weight.mul_(self.settings.init_adaln)

@@ -14,6 +14,7 @@ class TransformerSettings(Settings):
     dim: int = Field(1024, ge=1, le=65_536, description="D, width of the residual stream")
     num_heads: int = Field(16, ge=1, le=4096, description="N, attention heads")
     mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden width of the feed-forward / D")
+    adaln: bool = Field(True, description="the condition modulates every block; off: it is the start token alone")
     shared_adaln: bool = Field(False, description="one AdaLN layer for all blocks instead of one each")
     qk_norm: bool = Field(True, description="attention on queries and keys of length one (qk-norm)")
     drop_path: float = Field(0.0, ge=0, lt=1, description="drop path of the last block; rises linearly from 0")
@@ -36,4 +37,6 @@ class TransformerSettings(Settings):
     def _check(self) -> "TransformerSettings":
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={self.dim}, num_heads={self.num_heads}")
+        if self.shared_adaln and not self.adaln:
+            raise ValueError("shared_adaln is a kind of AdaLN, which adaln=False turns off; leave one of them out")
         return self
