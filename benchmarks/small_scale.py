@@ -25,7 +25,6 @@ from nextscale.data.images import to_float
 from nextscale.data.transforms import AugmentSettings
 from nextscale.draws import Draws
 from nextscale.encoded import encode_images
-from nextscale.evaluation.distance import frechet_distance, kernel_distance, lite0_features
 from nextscale.evaluation.likelihood import (
     condition_gain,
     evaluate_likelihood,
@@ -34,7 +33,9 @@ from nextscale.evaluation.likelihood import (
     scale_counts,
 )
 from nextscale.evaluation.neighbours import base_groups
+from nextscale.evaluation.networks import lite0_features
 from nextscale.evaluation.reconstruction import code_counts, evaluate_tokenizer
+from nextscale.evaluation.scores import FeatureMoments, frechet_distance, kernel_distance
 from nextscale.recipes.generators import flexvar as flexvar_recipe
 from nextscale.recipes.generators import infinity as infinity_recipe
 from nextscale.schedule import Schedule
@@ -203,7 +204,10 @@ def step_counts(title: str, system: ns.System, data: Any, images: int) -> tuple[
     for name, schedule in LISTS.items():
         parts = [ns.sample(system, drawn[i : i + 64], seed=i, schedule=schedule) for i in range(0, images, 64)]
         features = lite0_features(torch.cat(parts))
-        distances = {"kid_lite0": kernel_distance(features, known), "fd_lite0": frechet_distance(features, known)}
+        distances = {
+            "kid_lite0": kernel_distance(features, known),
+            "fd_lite0": frechet_distance(*map(FeatureMoments.of, (features, known))),
+        }
         report(f"{title}, {name}", sizes=str(schedule), **distances)
     return drawn, known
 

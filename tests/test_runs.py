@@ -13,6 +13,7 @@ from test_training import Squares
 import nextscale as ns
 from nextscale import cli, progress
 from nextscale.encoded import encode_images
+from nextscale.lock import alone_in
 from nextscale.processes import Team
 from nextscale.recipes.generators import var
 from nextscale.training import checkpoints as rooms
@@ -20,7 +21,6 @@ from nextscale.training import fit as loop
 from nextscale.training.checkpoints import Checkpoints
 from nextscale.training.config import TokenizerLoss, TrainConfig
 from nextscale.training.export import export_run
-from nextscale.training.lock import alone_in
 from nextscale.training.log import Progress, RunLog
 
 DATA, VAL = Squares(12), Squares(4, seed=1)

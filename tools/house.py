@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "nextscale"
 # From the ground up. A room may import rooms of lower floors only; a room is a folder or a single file.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
-    ("files", "modules", "pixels", "progress", "extras"),
+    ("files", "modules", "pixels", "progress", "extras", "lock"),
     ("tokens", "condition"),
     ("schedule", "draws"),
     ("system_settings", "aspect"),

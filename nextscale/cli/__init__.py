@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nextscale as ns
-from nextscale.cli import about, bench, change, draw, run
+from nextscale.cli import about, bench, change, draw, run, sets
 from nextscale.cli.methods import explain, take_methods
 from nextscale.cli.options import SHIPPED
 from nextscale.cli.parse import parse
@@ -52,9 +52,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "outpaint": change.outpaint,
     "edit": change.edit,
     "train": run.train,
+    "scaling": run.scaling,
     "curves": run.curves,
     "check-run": run.check_run,
     "evaluate": run.evaluate,
+    "sample-set": sets.sample_set,
+    "score": sets.score,
+    "reference": sets.reference,
+    "compare": sets.compare,
     "bench": bench.bench,
     "convert": run.convert,
     "save": run.save,
@@ -136,6 +141,8 @@ def _dispatch(words: list[str]) -> None:
         print(f"nextscale {ns.__version__}")
     elif name == "train":
         run.train(*rest)
+    elif name == "scaling":
+        run.scaling(*rest)
     elif name == "bench":
         bench.bench(*rest)
     elif name in COMMANDS:

@@ -28,6 +28,15 @@ def train(kind: str = "", /, *words: str) -> None:
     end_process()
 
 
+def scaling(*words: str) -> None:
+    """Train generators of growing size, and fit the power laws of their losses."""
+    from nextscale.cli.ladders import main as scaling_main
+    from nextscale.processes import end_process
+
+    scaling_main(words)
+    end_process()
+
+
 def curves(
     runs: Annotated[
         tuple[Path, ...],
@@ -93,6 +102,10 @@ def evaluate(
     source: Annotated[Source, Flat] = Source(),
     samples: int = 256,
     seed: int = 0,
+    features: Literal["lite0", "inception"] = "lite0",
+    weights: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
+    fetch: bool = False,
+    lpips: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE FILE", help_behavior_hint="(default: none)")] = (),
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     methods: Methods = (),
@@ -101,7 +114,9 @@ def evaluate(
 
     Try: nextscale evaluate emoji-64 --out out/evaluation
 
-    Writes report.md, report.json and pictures into OUT. The last line is the path of the report.
+    Writes report.md, report.json and pictures into OUT; `nextscale compare` puts several side by side. Samples have the
+    labels of training images, so their scores are for comparing systems on these images; a published score has its own
+    protocol (`nextscale sample-set`, then `nextscale score`). The last line is the path of the report.
 
     Args:
         system: shipped name, folder (of a system or a training), or hub name
@@ -109,9 +124,15 @@ def evaluate(
         source: what the system was trained on, of which a part is held out; a training remembers it
         samples: images to generate
         seed: seed of the first image, and of the choice of labels
+        features: the network that sets of images are compared by; inception: FID, Inception Score, and so on
+        weights: file of Inception's weights, pt_inception-2015-12-05-6726825d.pth of pytorch-fid
+        fetch: download Inception's weights (96 MB) from pytorch-fid's releases on GitHub, once
+        lpips: weights of AlexNet (torchvision's) and of LPIPS 0.1 (alex.pth), for the distance of reconstructions
         device: cpu, cuda, cuda:1
         dtype: of weights and activations; what decides tokens stays float32
     """
+    from nextscale.cli.sets import perceptual_distances
+    from nextscale.evaluation.networks import network_of
     from nextscale.evaluation.report import evaluate
     from nextscale.extras import need
 
@@ -123,8 +144,10 @@ def evaluate(
     check_writable(out / "report.json")
     need("eval", "judging images")
     check_device(device)
+    network, distances = network_of(features, weights, device, fetch=fetch), perceptual_distances(lpips, device)
     loaded = load_changed(system, device, methods, dtype)
-    evaluate(loaded, images_of(system, source, loaded), out, samples=samples, seed=seed)
+    images = images_of(system, source, loaded)
+    evaluate(loaded, images, out, samples=samples, seed=seed, network=network, distances=distances)
     print(out / "report.md")
 
 

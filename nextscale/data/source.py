@@ -1,4 +1,5 @@
-"""Where images are from, in one word of the user's: the drawings that come along, a folder, shards, a folder of `datasets`."""
+"""Where images are from, in one word of the user's: the drawings that come along, a folder, shards, a folder of `datasets`, an
+`.npz`."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class DataSource:
     """What to train on, or to judge on.
 
     data: `openmoji`; a folder of images (`image_folder`); shards, "photos-{000..012}.tar" (`web_shards`); a folder of Hugging
-        Face datasets (`hub_images`). val: a validation set of one's own, of the same kinds. image, label, caption: names of
-        the columns of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
+        Face datasets (`hub_images`); an .npz (`npz_images`). val: a validation set of one's own, of the same kinds. image,
+        label, caption: names of the columns of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
     """
 
     data: str = DRAWINGS
@@ -96,6 +97,10 @@ def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool,
 
         wanted: dict[str, Any] = {name: None if column == "none" else column for name, column in columns.items()}
         return _as_source(hub_images(data, size, channels=channels, whole=whole, validation=held_out, **wanted))
+    elif data.lower().endswith(".npz"):
+        from nextscale.data.npz import npz_images
+
+        found = _as_source(npz_images(data, size, channels=channels, whole=whole, validation=held_out))
     elif data.endswith(".tar"):
         from nextscale.data.shards import web_shards
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nextscale.contracts import Output, Tokenizer
 from nextscale.data.dataset import collate, first_item, one_size
+from nextscale.evaluation.scores import CodeUsage, code_usage
 from nextscale.output import Images, decibel
 from nextscale.schedule import Schedule
 
@@ -23,6 +24,7 @@ class TokenizerReport:
     perplexity: list[float]  # exp of the entropy of the codes' shares at the scale (of bits: of their mean entropy)
     attainable: list[int]  # the largest perplexity possible: min(codes of the scale, its tokens in the data)
     used: list[float]  # share of the codebook that occurs at the scale
+    overall: CodeUsage | None = None  # of ids: how all scales together use the codes
 
     @property
     def psnr(self) -> list[float]:
@@ -55,8 +57,12 @@ def evaluate_tokenizer(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     output: Output = Images(),
+    decoded: Sequence[int] | None = None,
 ) -> TokenizerReport:
-    """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is."""
+    """Measures after each scale, and the use of the codes by each, over a whole data set; `output`: what its content is.
+
+    `decoded`: the scales that are decoded and measured; default: all, whose codes are counted in any case.
+    """
     if not hasattr(tokenizer, "pyramid"):
         raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}; a system's is system.tokenizer")
     field = output.field
@@ -64,7 +70,8 @@ def evaluate_tokenizer(
     if field == "image" and content.ndim != 3:
         raise ValueError(f"expected images [C, H, W], got some of {list(content.shape)}")
     pyramid = tokenizer.pyramid
-    found: list[dict[str, list[Tensor]]] = [{} for _ in schedule.sizes]
+    measured = range(len(schedule)) if decoded is None else decoded
+    found: list[dict[str, list[Tensor]]] = [{} for _ in measured]
     counts: list[Tensor] = []
     seen = 0
     for batch in DataLoader(
@@ -75,10 +82,10 @@ def evaluate_tokenizer(
             raise ValueError(f"the data have {field}s that are not finite (NaN or inf); take them out")
         encoded = tokenizer.encode(content, schedule)
         seen += len(content)
-        for k, f_hat in enumerate(encoded.f_hats):
-            decoded = output.finish(output.fit(tokenizer.decode(f_hat), content))
-            for name, values in output.measure(decoded, content).items():
-                found[k].setdefault(name, []).append(values.cpu())
+        for place, k in enumerate(measured):
+            result = output.finish(output.fit(tokenizer.decode(encoded.f_hats[k]), content))
+            for name, values in output.measure(result, content).items():
+                found[place].setdefault(name, []).append(values.cpu())
         choices = [pyramid.choices(token_map) for token_map in encoded.tokens]
         new = code_counts([choice for choice in choices if choice is not None], pyramid.codes)
         counts = [a + b for a, b in zip(counts, new, strict=True)] if counts else new
@@ -90,6 +97,7 @@ def evaluate_tokenizer(
         perplexity=[float(torch.special.entr(share).sum(dim=1).mean().exp()) for share in shares],
         attainable=[min(pyramid.limit(k), seen * n) for k, n in enumerate(schedule.lengths)] if counts else [],
         used=[float((count > 0).float().mean()) for count in counts],
+        overall=code_usage(torch.cat(counts).numpy()) if counts and all(len(count) == 1 for count in counts) else None,
     )
 
 

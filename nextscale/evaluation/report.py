@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,19 +26,23 @@ import nextscale
 from nextscale.data.dataset import pictures
 from nextscale.data.images import save_images
 from nextscale.encoded import Choices, EncodedImages, encode_images
-from nextscale.evaluation.distance import kernel_distance, lite0_features
+from nextscale.evaluation.image_sets import ArraySet, DataSet, ImageSet
 from nextscale.evaluation.likelihood import (
     condition_gain,
     evaluate_likelihood,
     frequency_accuracy,
     frequency_cross_entropy,
+    residual_bits,
     scale_counts,
     unigram_entropy,
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
+from nextscale.evaluation.networks import FeatureNetwork, Lite0Network
+from nextscale.evaluation.protocol import KEYS, SMALL, findings, refuse, sheet, sheet_lines
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
+from nextscale.evaluation.sample_set import fingerprint_of
+from nextscale.evaluation.score import Distance, SetFeatures, described, paired_scores, set_scores
 from nextscale.extras import need
-from nextscale.features import Lite0
 from nextscale.files import as_path, atomic_write
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import at_size, psnr
@@ -46,6 +53,7 @@ from nextscale.settings import brief, whole_number
 from nextscale.system import System, check_system
 
 BATCH = 64
+MOST_ROWS = 16  # scales of a table
 SHOWN_SAMPLES = 96
 MOST_SAMPLES = 1_000_000
 SHOWN_PAIRS = 24  # half of them the closest, half of them typical
@@ -61,6 +69,8 @@ def evaluate(
     *,
     samples: int = 256,
     seed: int = 0,
+    network: FeatureNetwork | None = None,
+    distances: Sequence[Distance] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Judge a system on held-out images and write `report.json`, `report.md` and pictures into the folder `out`.
@@ -73,6 +83,8 @@ def evaluate(
         samples: images to generate with the system's own guidance and filter, at least 2; their labels are drawn from
             the first labels of the training images.
         seed: of those labels; image i is drawn from seed + i.
+        network: whose features compare sets of images; default: EfficientNet-lite0. Inception's make it FID.
+        distances: perceptual ones, of reconstructions; default: `perceptual_lite0`.
 
     Returns what `report.json` holds. Raises ValueError if the data do not fit the system.
     """
@@ -80,14 +92,25 @@ def evaluate(
     out = as_path(out, "a folder to write")
     started = time.perf_counter()
     report: dict[str, Any] = {"about": _about(system, data, samples, seed)}
-    report["tokenizer"] = _tokenizer(system, data)
+    network = network or Lite0Network(str(system.device))
+    report["scores"] = {}
+    report["tokenizer"] = _tokenizer(system, data, report["scores"])
+    sets = _Sets(data, network, progress)
+    rebuilt = ArraySet(reconstructions(system, data.val), "reconstructions")
+    report["scores"] |= paired_scores(rebuilt, DataSet(data.val, "held-out images"), distances or _usual())
+    report["scores"] |= set_scores(SetFeatures(rebuilt, network), sets.val, network, paired=True)
+    report["scores"]["residual_bits"] = residual_bits(rebuilt, DataSet(data.val, "held-out images"))
     _save_reconstructions(system, data.val, out / "reconstructions.png")
     if system.model is not None:
         training, held_out = encode_images(system, data.train), encode_images(system, data.val)
         training.check(system)
         held_out.check(system)
         report["likelihood"] = _likelihood(system, data.val, training, held_out, base_groups(data.val)[0])
-        report["samples"] = _samples(system, data, training, samples, seed, out, progress)
+        first = next(iter(report["likelihood"]["model"].values()))
+        if "bits_per_dimension" in first:
+            bits = first["bits_per_dimension"]["mean"]
+            report["scores"] |= {"bits_per_dimension": bits, "pixel_bits": bits + report["scores"]["residual_bits"]}
+        report["samples"] = _samples(system, data, training, samples, seed, out, progress, sets, report)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -155,16 +178,41 @@ def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(system: System, data: Any) -> list[dict[str, Any]]:
-    """One entry a scale, over the validation images."""
-    found = evaluate_tokenizer(system.tokenizer, data.val, system.schedule, system.device, BATCH)
+class _Sets:
+    """Features of the images that others are compared with, computed once."""
+
+    def __init__(self, data: Any, network: FeatureNetwork, progress: bool) -> None:
+        self.network, self.data = network, data
+        self.val = SetFeatures(DataSet(data.val, "held-out images"), network, progress=progress)
+
+    @cached_property
+    def training(self) -> SetFeatures:
+        return SetFeatures(DataSet(self.data.train, "training images"), self.network)
+
+
+def _usual() -> Sequence[Distance]:
+    """The perceptual distance that needs no download."""
+    from nextscale.tokenizer.perceptual import Perceptual
+
+    return [Perceptual()]
+
+
+def _tokenizer(system: System, data: Any, overall: dict[str, float]) -> list[dict[str, Any]]:
+    """One entry a scale, over the validation images; a loop of many steps shows some. How codes are used by all scales
+    together goes into `overall`."""
+    schedule = system.schedule
+    shown = sorted({round(i) for i in np.linspace(0, len(schedule) - 1, min(len(schedule), MOST_ROWS)).tolist()})
+    found = evaluate_tokenizer(system.tokenizer, data.val, schedule, system.device, BATCH, decoded=shown)
     rows: list[dict[str, Any]] = []
-    for k, size in enumerate(system.schedule.sizes):
-        rows.append({"scale": k, "size": list(size), "psnr": found.psnr[k], "psnr_of_mean": found.psnr_of_mean[k]})
-        rows[k]["mse"] = found.mse[k]
+    for i, k in enumerate(shown):
+        row: dict[str, Any] = {"scale": k, "size": list(schedule.sizes[k]), "psnr": found.psnr[i]}
+        row |= {"psnr_of_mean": found.psnr_of_mean[i], "mse": found.mse[i]}
         if found.perplexity:  # tokens that can be counted
-            rows[k] |= {"perplexity": found.perplexity[k], "attainable": found.attainable[k], "used": found.used[k]}
-            rows[k]["ratio"] = found.perplexity[k] / found.attainable[k]
+            row |= {"perplexity": found.perplexity[k], "attainable": found.attainable[k], "used": found.used[k]}
+            row["ratio"] = found.perplexity[k] / found.attainable[k]
+        rows.append(row)
+    if found.overall is not None:
+        overall |= {"used_overall": found.overall.used_overall, "perplexity_overall": found.overall.perplexity_overall}
     return rows
 
 
@@ -181,7 +229,7 @@ def _save_reconstructions(system: System, val: Dataset, path: Path, count: int =
     save_images(torch.cat(rows), path, columns=count, labels=labels, title=title)
 
 
-def _reconstructions(system: System, val: Dataset) -> Tensor:
+def reconstructions(system: System, val: Dataset) -> Tensor:
     """All validation images after the tokenizer, [N, 3, H, W]."""
     parts = []
     for first in range(0, len(val), BATCH):  # type: ignore[arg-type]
@@ -212,8 +260,26 @@ def _likelihood(
         found = evaluate_likelihood(system, held_out.content, told, BATCH)
         gain = condition_gain(system, held_out.content, told, groups) if len(groups.unique()) > 1 else None
         measures = {measure: _with_mean(values, schedule) for measure, values in found.measures.items()}
+        if "cross_entropy" in measures:
+            measures["bits_per_dimension"] = _bits(found["cross_entropy"], system)
         result["model"][name] = {"gain": gain and asdict(gain), **measures}
     return result
+
+
+def _bits(nats: Sequence[float], system: System) -> dict[str, Any]:
+    """What the tokens of each scale cost, and of all together (`mean`), in bits for each number of the image (pixels x
+    channels)."""
+    numbers = math.prod(system.output.shape(system.schedule, system.tokenizer.stride))
+    tokens = _tokens_each(system)
+    bits = [
+        n * length * tokens / math.log(2) / numbers for n, length in zip(nats, system.schedule.lengths, strict=True)
+    ]
+    return {"scales": bits, "mean": sum(bits)}
+
+
+def _tokens_each(system: System) -> int:
+    """Numbers that the loss of a token is the mean of: the bits of a token of bits."""
+    return system.tokenizer.pyramid.code_dim if system.tokenizer.pyramid.kind == "bits" else 1
 
 
 def _kinds(system: System, data: Any, held_out: EncodedImages) -> list[str]:
@@ -236,10 +302,10 @@ def _with_mean(values: Sequence[float], schedule: Schedule) -> dict[str, Any]:
 # ---- samples --------------------------------------------------------------------------------------------------------
 
 
-def _samples(
-    system: System, data: Any, known: EncodedImages, count: int, seed: int, out: Path, progress: bool
-) -> dict[str, Any]:
-    """Generate, draw the pictures, and compare with the training images."""
+def draw_as_often(
+    system: System, known: EncodedImages, classes: Sequence[str], count: int, seed: int, progress: bool = False
+) -> tuple[Tensor, list[str], list[int]]:
+    """Samples under what is said of images drawn at random; what they are called, and the order in which they are shown."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(known), (count,), generator=generator).tolist()
     told = {name: [values[row] for row in rows] for name, values in known.said().items()}
@@ -249,7 +315,22 @@ def _samples(
             for i in Bar(range(0, count, BATCH), desc="sampling", unit="batch", silent=not progress)
         ]
     )
-    names, places = _names(system, known, data.classes, rows)
+    return images, *_names(system, known, classes, rows)
+
+
+def _samples(
+    system: System,
+    data: Any,
+    known: EncodedImages,
+    count: int,
+    seed: int,
+    out: Path,
+    progress: bool,
+    sets: _Sets,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """Generate, draw the pictures, and compare with the training images."""
+    images, names, places = draw_as_often(system, known, data.classes, count, seed, progress)
     shown = sorted(range(min(count, SHOWN_SAMPLES)), key=lambda i: places[i])
     save_images(images[shown], out / "samples.png", columns=12, labels=[names[i] for i in shown], title="Samples")
 
@@ -257,7 +338,7 @@ def _samples(
     groups, group_names = base_groups(data.train)
     near = nearest(images, training, progress=progress)
     near_val = nearest(val, training, progress=progress).distances
-    near_recon = nearest(_reconstructions(system, data.val), training, progress=progress).distances
+    near_recon = nearest(reconstructions(system, data.val), training, progress=progress).distances
     distance = {"samples": summary(near.distances), "validation": summary(near_val)}
     distance["validation_after_tokenizer"] = summary(near_recon)
     if len(group_names) > 1:
@@ -265,15 +346,25 @@ def _samples(
         others = nearest(training[queries], training, groups=groups, own=groups[queries], progress=progress)
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
-    network = Lite0()
-    drawn, known_features, val_features = (lite0_features(part, network) for part in (images, training, val))
-    kid = {
-        "samples, training": kernel_distance(drawn, known_features),
-        "samples, validation": kernel_distance(drawn, val_features),
-        "validation, training": kernel_distance(val_features, known_features),
+    made: dict[str, Any] = {"system": system.recipe, "fingerprint": fingerprint_of(system), "seed": seed}
+    made |= {"sampling_words": system.sampling.words(), "sampling": system.sampling.model_dump()}  # type: ignore[attr-defined]
+    drawn = ArraySet(images, "samples", {"made": made, "order": "at random"})
+    ours, network = SetFeatures(drawn, sets.network), sets.network
+    compared = {
+        "samples, training": set_scores(ours, sets.training, network),
+        "samples, validation": set_scores(ours, sets.val, network),
+        "validation, training": set_scores(sets.val, sets.training, network),
     }
+    report["scores"] |= {
+        name: value
+        for name, value in compared["samples, training"].items()
+        if count >= SMALL or not name.startswith("fd")
+    }
+    report["protocol"] = _protocol(drawn, DataSet(data.train, "training images"), network)
+    kid = {name: found["kid" + network.suffix] for name, found in compared.items()}
     return {
-        "kid_lite0": kid,
+        "kid" + network.suffix: kid,
+        "compared": compared,
         "sampling": system.sampling.words(),
         "distance": distance,
         "validation_q5": limit,
@@ -286,6 +377,14 @@ def _samples(
         },
         "closest": _save_pairs(images, names, data.train, near, group_names, groups, out / "neighbours.png"),
     }
+
+
+def _protocol(samples: ImageSet, reference: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
+    """The sheet of the samples' scores; nothing is refused, for the report is no claim about a published row."""
+    facts = described(samples), described(reference)
+    named = {"name": network.name, "digest": network.digest, "suffix": network.suffix}
+    found = refuse(findings(*facts, named, labels="training", split="training"), sorted(KEYS))
+    return sheet(*facts, named, found, labels="training", reference_split="training")
 
 
 def _names(
@@ -341,7 +440,7 @@ def _save_pairs(
 
 def _markdown(report: dict[str, Any]) -> str:
     about = report["about"]
-    sizes = [_side(row["size"]) for row in report["tokenizer"]]
+    sizes = {row["scale"]: _side(row["size"]) for row in report["tokenizer"]}
     counted = "perplexity" in report["tokenizer"][0]
     lines = [
         f"# Evaluation of a `{about['recipe']}` system" + "".join(f" with {name}" for name in about["changes"]),
@@ -358,7 +457,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         "Validation images. PSNR: mean over images; in brackets the PSNR of the mean square error.",
         "",
-        *_table(
+        *table(
             ["scale", "size", "PSNR, dB", *(["perplexity", "attainable", "ratio", "codes used"] if counted else [])],
             [
                 [row["scale"], _side(row["size"]), f"{row['psnr']:.2f} ({row['psnr_of_mean']:.2f})", *_code_cells(row)]
@@ -367,11 +466,36 @@ def _markdown(report: dict[str, Any]) -> str:
         ),
         "",
         "![reconstructions](reconstructions.png)",
+        "",
+        "## Scores",
+        "",
+        *table(["score", "value"], [[name, f"{value:.4g}"] for name, value in report["scores"].items()]),
+        "",
+        *_score_words(report),
     ]
     if "likelihood" in report:
         lines += _likelihood_lines(report["likelihood"], sizes)
         lines += _sample_lines(report["samples"])
     return "\n".join(lines) + "\n"
+
+
+def _score_words(report: dict[str, Any]) -> list[str]:
+    """What the scores are."""
+    lines = [
+        "Of reconstructions: psnr, psnr_y (of the luma alone), ssim, perceptual distances, rfd and rkid (distance "
+        "to the originals),",
+        "residual_bits (bits for each number of an image that its reconstruction leaves to be told, under one "
+        "Laplace distribution).",
+    ]
+    if "samples" in report:
+        lines += [
+            "bits_per_dimension: what the tokens cost; pixel_bits: both together, a bound on the likelihood of the "
+            "pixels. Of samples:",
+            "kid, precision, recall and, from 2,000 samples on, fd against the training images.",
+            "",
+            *sheet_lines(report["protocol"]),
+        ]
+    return lines
 
 
 def _code_cells(row: dict[str, Any]) -> list[Any]:
@@ -381,7 +505,7 @@ def _code_cells(row: dict[str, Any]) -> list[Any]:
     return [f"{row['perplexity']:.1f}", row["attainable"], f"{row['ratio']:.2f}", f"{row['used']:.1%}"]
 
 
-def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]:
+def _likelihood_lines(likelihood: dict[str, Any], sizes: dict[int, str]) -> list[str]:
     columns, formats = {}, []
     if "unigram_entropy" in likelihood:
         columns = {
@@ -393,11 +517,11 @@ def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]
     for name, values in likelihood["model"].items():
         for measure, found in values.items():
             if measure != "gain":
-                columns[f"{'model' if measure == 'cross_entropy' else measure}, {name}"] = found
-                formats.append("{:.1%}" if measure == "accuracy" else "{:.3f}")
+                columns[f"{'model' if measure == 'cross_entropy' else measure.replace('_', ' ')}, {name}"] = found
+                formats.append({"accuracy": "{:.1%}", "bits_per_dimension": "{:.4f}"}.get(measure, "{:.3f}"))
     rows: list[list[Any]] = [
         [size, *(f.format(column["scales"][k]) for f, column in zip(formats, columns.values(), strict=True))]
-        for k, size in enumerate(sizes)
+        for k, size in sizes.items()
     ]
     means = [column["mean"] for column in columns.values()]
     rows.append(["all tokens", *(f.format(mean) for f, mean in zip(formats, means, strict=True))])
@@ -405,7 +529,7 @@ def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]
     listed = [
         [
             name,
-            *(f"{value:.3f}" for value in gain["scales"]),
+            *(f"{gain['scales'][k]:.3f}" for k in sizes),
             f"{gain['mean']:.4f} +- {gain['standard_error']:.4f}",
             gain["groups"],
         ]
@@ -419,12 +543,12 @@ def _likelihood_lines(likelihood: dict[str, Any], sizes: list[str]) -> list[str]
         "best table of frequencies at each scale, taken from these very tokens. Training frequencies: the table of the",
         "training tokens, one added to each count; accuracy: of the most likely code, or bit.",
         "",
-        *_table(["scale", *columns], rows),
+        *table(["scale", *columns], rows),
         "",
         "What the right condition is worth: nats a token that the condition of an image of another base costs more. Over",
         "all tokens with the standard error over bases.",
         "",
-        *_table(["condition", *sizes, "all tokens", "bases"], listed),
+        *table(["condition", *sizes.values(), "all tokens", "bases"], listed),
     ]
 
 
@@ -451,7 +575,7 @@ def _sample_lines(samples: dict[str, Any]) -> list[str]:
         "",
         "Distance to the nearest training image: root mean square difference of values in [-1, 1]; q0 is the smallest.",
         "",
-        *_table(["images", *(f"{q}" for q in quantiles), "count"], rows),
+        *table(["images", *(f"{q}" for q in quantiles), "count"], rows),
         "",
         f"{samples['below_validation_q5']:.1%} of the samples are closer than {samples['validation_q5']:.3f}, the 5 % "
         f"quantile of the validation images. Their neighbours are {samples['nearest_groups']} different base drawings.",
@@ -463,12 +587,14 @@ def _sample_lines(samples: dict[str, Any]) -> list[str]:
                 f"* {found['images']} {name}: mean distance of two {found['mean']:.3f}; "
                 f"{found['close_pairs']} of {found['pairs']} pairs closer than {spread['threshold']}"
             )
-    kid = ", ".join(f"{name} {value:.4f}" for name, value in samples["kid_lite0"].items())
-    lines += ["", f"Kernel distance on features of EfficientNet-lite0 (`kid_lite0`; 0: alike): {kid}."]
+    rows = [[name, *(f"{value:.4g}" for value in found.values())] for name, found in samples["compared"].items()]
+    lines += ["", "Sets of images compared by features:", ""]
+    lines += table(["sets", *next(iter(samples["compared"].values()))], rows)
     return [*lines, "", "![neighbours](neighbours.png)"]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 

@@ -23,6 +23,7 @@ from nextscale.draws import Draws, generator_for
 from nextscale.encoded import encode_images
 from nextscale.extras import need
 from nextscale.files import as_path
+from nextscale.lock import alone_in
 from nextscale.modules import as_module, usual_defaults
 from nextscale.output import Images
 from nextscale.processes import Team, check_workers
@@ -33,7 +34,6 @@ from nextscale.training.export import forget_start, keep_start
 from nextscale.training.finetune import add_lora, merge_lora
 from nextscale.training.fit import fit
 from nextscale.training.generator_task import GeneratorTask, trained_parts
-from nextscale.training.lock import alone_in
 from nextscale.training.resume import recorded_objective, recorded_weights
 from nextscale.training.tokenizer_task import TokenizerTask
 
