@@ -60,7 +60,7 @@ def sample_set(
         each: images of each class or prompt; published FID has 50 of 1000 classes
         labels: names or numbers of classes with commas between
         prompts: file with a prompt in each line, for systems that read them
-        batch_size: images at once in a process, filled up to a multiple of 8
+        batch_size: images at once on a GPU; a CPU makes 8, so that its bytes do not depend on this
         preset: sampling settings by name, which other options change; of VAR's: paper-256 and paper-512 (the published scores)
         reject: draw an image again that a classifier does not take for its class: probe, fitted to the images of --data; or
             imagenet, for systems whose class numbers are ImageNet's

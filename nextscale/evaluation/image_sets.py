@@ -31,7 +31,6 @@ IMAGES = "arr_0"
 MOMENTS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 MOST_MOMENTS = 2**28  # bytes of one array of moments
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LOSSY = (".jpg", ".jpeg", ".webp")
 DATE = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal content is equal files
 
 

@@ -49,7 +49,7 @@ from nextscale.output import at_size, psnr
 from nextscale.progress import Bar
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
-from nextscale.settings import brief, whole_number
+from nextscale.settings import Settings, brief, whole_number
 from nextscale.system import System, check_system
 
 BATCH = 64
@@ -347,7 +347,7 @@ def _samples(
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
     made: dict[str, Any] = {"system": system.recipe, "fingerprint": fingerprint_of(system), "seed": seed}
-    made |= {"sampling_words": system.sampling.words(), "sampling": system.sampling.model_dump()}  # type: ignore[attr-defined]
+    made |= {"sampling_words": system.sampling.words(), "sampling": recorded_sampling(system.sampling)}
     drawn = ArraySet(images, "samples", {"made": made, "order": "at random"})
     ours, network = SetFeatures(drawn, sets.network), sets.network
     compared = {
@@ -377,6 +377,11 @@ def _samples(
         },
         "closest": _save_pairs(images, names, data.train, near, group_names, groups, out / "neighbours.png"),
     }
+
+
+def recorded_sampling(sampling: Any) -> dict[str, Any]:
+    """How a system samples, as numbers, where it has settings."""
+    return dict(sampling.model_dump(mode="json")) if isinstance(sampling, Settings) else {}
 
 
 def _protocol(samples: ImageSet, reference: ImageSet, network: FeatureNetwork) -> dict[str, Any]:

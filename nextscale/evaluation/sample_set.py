@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,9 @@ from nextscale.sampling.loop import sample
 from nextscale.settings import brief, whole_number
 from nextscale.system import System, check_system
 
-ROWS = (
-    8  # a batch is filled up to a multiple of this: products of matrices then round each row alike, whatever the batch
-)
+BLOCK = 8  # images that a CPU makes together
 # Between the seeds of the tries of one image. Generators on the CPU see the lowest 32 bits of a seed, in which its
-# multiples stay apart
-# by more than the images of a set (2^32 over the golden ratio).
+# multiples stay apart by more than the images of a set (2^32 over the golden ratio).
 ANOTHER_TRY = 2_654_435_761
 MOST = 10_000_000  # images of a set
 PARTS = ".parts"
@@ -97,7 +95,7 @@ def sample_set(
         out: a name that ends in .npz (`arr_0`, bytes [N, H, W, 3]), or a folder for PNG files; beside or in it a JSON file
             says how the set was made.
         options: `guidance`, `pick` of `ns.sample`; default: the system's own.
-        batch: images at once, filled up to a multiple of 8.
+        batch: images at once on a GPU; a CPU makes 8, so that its bytes do not depend on this.
         about: what that file says further.
         team: processes that share the work; each has the system.
 
@@ -143,17 +141,38 @@ def _agreed(begin: Callable[[], list[range]], team: Team) -> list[range]:
 def _draw(
     task: _Task, missing: Sequence[range], batch: int, folder: Path, single: bool, team: Team, progress: bool
 ) -> None:
-    """Make this process's share of what is missing."""
-    pieces = [
-        range(first, min(first + batch, gap.stop)) for gap in missing for first in range(gap.start, gap.stop, batch)
-    ]
-    own = pieces[team.rank :: team.size]
-    total = sum(map(len, own))
-    with Bar(total=total, desc="sampling", unit="image", silent=not (progress and team.leads)) as bar:
-        for piece in own:
-            images = task.draw(piece, batch)
-            _keep(folder, piece, images, single)
-            bar.update(len(piece))
+    """Make this process's share of what is missing.
+
+    Rounding depends on how many rows a product of matrices has, and on the threads that share it. On a CPU the images are
+    therefore made in the same blocks of 8 whatever the batch and the number of processes, each on one thread, as many
+    blocks at once as there are threads. Elsewhere a batch is a block.
+    """
+    cpu, workers = task.system.device.type == "cpu", torch.get_num_threads()
+    rows = BLOCK if cpu else batch
+    wanted = {number for gap in missing for number in gap}
+    blocks = [range(first * rows, (first + 1) * rows) for first in sorted({number // rows for number in wanted})]
+    own = blocks[team.rank :: team.size]
+    total = sum(number in wanted for block in own for number in block)
+    with (
+        Bar(total=total, desc="sampling", unit="image", silent=not (progress and team.leads)) as bar,
+        _pool(workers if cpu else 1, cpu) as pool,
+    ):
+        for block, images in zip(own, pool.map(task.draw, own), strict=True):
+            kept = [number for number in block if number in wanted]
+            _keep(folder, kept, images[[number - block.start for number in kept]], single)
+            bar.update(len(kept))
+
+
+@contextmanager
+def _pool(workers: int, single: bool) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads, in each of which torch computes on one thread."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1 if single else threads,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -164,34 +183,33 @@ class _Task:
     options: dict[str, Any]
     rejection: Rejection | None
 
-    def draw(self, numbers: range, batch: int) -> np.ndarray[Any, Any]:
-        """The images of these numbers, bytes [b, H, W, 3]."""
+    def draw(self, numbers: range) -> np.ndarray[Any, Any]:
+        """The images of a block, bytes [b, H, W, 3]."""
+        images = self._bytes(list(numbers), 0)
         if self.rejection is None:
-            return _rows(self._bytes(list(numbers), 0))
-        best: list[Tensor | None] = [None] * len(numbers)
-        chances = torch.full((len(numbers),), -1.0)
-        waiting = list(range(len(numbers)))
+            return _rows(images)
+        best, chances, waiting = images, torch.full((len(numbers),), -1.0), list(range(len(numbers)))
         for attempt in range(self.rejection.tries):
-            images = self._bytes([numbers[i] for i in waiting], attempt)
-            told = [self._told(numbers[i]) for i in waiting]
+            if attempt:  # as many rows as before, so that each is rounded alike
+                images = self._bytes([numbers[i] for i in (waiting * len(numbers))[: len(numbers)]], attempt)
+            told = [self._told(numbers[i]) for i in (waiting * len(numbers))[: len(numbers)]]
             found = self.rejection.judge(images, told).cpu()
-            for i, image, chance in zip(waiting, images, found, strict=True):
-                if float(chance) > float(chances[i]):
-                    best[i], chances[i] = image, chance
+            for place, i in enumerate(waiting):
+                if float(found[place]) > float(chances[i]):
+                    best[i], chances[i] = images[place].clone(), found[place]
             waiting = [i for i in waiting if float(chances[i]) < self.rejection.least]
             if not waiting:
                 break
-        return _rows(torch.stack([image for image in best if image is not None]))
+        return _rows(best)
 
     def _told(self, number: int) -> Any:
         return self.conditions[number % len(self.conditions)]
 
     def _bytes(self, numbers: list[int], attempt: int) -> Tensor:
-        """uint8 [b, 3, H, W] of images by their numbers; the batch is filled up with its last one."""
-        filled = numbers + [numbers[-1]] * (-len(numbers) % ROWS)
-        seeds = [self.seed + number + attempt * ANOTHER_TRY for number in filled]
-        drawn = sample(self.system, [self._told(number) for number in filled], seed=seeds, **self.options)
-        return to_uint8(on_white(drawn[: len(numbers)])).cpu()
+        """uint8 [b, 3, H, W] of images by their numbers, which may lie beyond the set."""
+        seeds = [self.seed + number + attempt * ANOTHER_TRY for number in numbers]
+        drawn = sample(self.system, [self._told(number) for number in numbers], seed=seeds, **self.options)
+        return to_uint8(on_white(drawn)).cpu()
 
 
 def _rows(images: Tensor) -> np.ndarray[Any, Any]:
@@ -290,9 +308,9 @@ def _parts(folder: Path) -> list[tuple[range, Path]]:
     return sorted(found, key=lambda part: (part[0].start, part[0].stop))
 
 
-def _keep(folder: Path, numbers: range, images: np.ndarray[Any, Any], single: bool) -> None:
+def _keep(folder: Path, numbers: Sequence[int], images: np.ndarray[Any, Any], single: bool) -> None:
     if not single:
-        with atomic_write(folder / f"{numbers.start:08}-{numbers.stop:08}.npy") as path:
+        with atomic_write(folder / f"{numbers[0]:08}-{numbers[-1] + 1:08}.npy") as path:
             np.save(path, images, allow_pickle=False)
         return
     from PIL import Image

@@ -50,7 +50,7 @@ class SetFeatures:
                 bar.update(len(rows))
         self.pooled: Array | None = np.concatenate(pooled) if pooled else None
         many = self.pooled is not None and len(self.pooled) > 1
-        # FeatureMoments that come with a file are of a whole data set, and count instead of its images.
+        # Moments that come with a file are of a whole data set, and count instead of its images.
         own = {
             "pooled": FeatureMoments.of(self.pooled) if many and images.moments("pooled") is None else None,
             "spatial": spatial.moments() if spatial.count > 1 and images.moments("spatial") is None else None,
@@ -216,7 +216,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def moments_of(
     images: ImageSet, network: FeatureNetwork, *, batch: int = BATCH, progress: bool = False
 ) -> dict[str, FeatureMoments]:
-    """FeatureMoments to be stored beside images in a reference file, of pooled features and, where there are, spatial ones."""
+    """Moments to be stored beside images in a reference file, of pooled features and, where there are, spatial ones."""
     found = SetFeatures(images, network, batch=batch, progress=progress)
     return {which: value for which, value in found.moments.items() if value is not None}
 

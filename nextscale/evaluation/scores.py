@@ -54,7 +54,7 @@ class FeatureMoments:
 
 
 class RunningMoments:
-    """FeatureMoments of features that come in batches: any batches give the same, but for rounding in float64.
+    """Moments of features that come in batches: any batches give the same, but for rounding in float64.
 
     Sums are of distances from the first batch's mean, so that a large common value takes no digits.
     """
