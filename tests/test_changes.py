@@ -185,7 +185,10 @@ def test_a_negative_prompt_leaves_the_nulls_of_all_else(field):
     record = lambda logits, generators: (seen.append(logits), ns.greedy(logits, generators))[1]  # noqa: E731
     for guided in (system, changed):
         ns.sample(guided, told, pick=record)
-    assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[2], seen[5])  # the guidance is a ramp
+    torch.testing.assert_close(
+        seen[0], seen[3], atol=1e-6, rtol=0
+    )  # a null of another length rounds otherwise on some CPUs
+    assert (seen[2] - seen[5]).abs().max() > 1e-3  # the guidance is a ramp
     images = ns.sample(changed, told, seed=[4, 5])
     for i in range(2):  # law 5
         alone = {name: values[i : i + 1] for name, values in told.items()}

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import nextscale as ns
+from nextscale.evaluation.networks import Features
 
 
 def picture(seed: int) -> Image.Image:
@@ -118,7 +119,25 @@ class Rows:
         return Rows([{name: value for name, value in row.items() if name not in names} for row in self.rows])
 
 
-def test_a_system_is_judged_on_shards_and_on_rows_of_the_hub(tmp_path, monkeypatch):
+class Means:
+    """Features of a network that needs no weights: the mean colours."""
+
+    name, digest, suffix, classifier = "means", "0" * 64, "_means", None
+
+    def __call__(self, images):
+        return Features(images.float().mean(dim=(2, 3)).numpy())
+
+
+class L1:
+    """A distance of pairs."""
+
+    name = "l1"
+
+    def __call__(self, images, targets):
+        return (images - targets).abs().mean(dim=(1, 2, 3))
+
+
+def test_a_system_is_judged_on_shards_and_on_rows_of_the_hub(tmp_path):
     """Images are read when they are asked for; what they say needs none."""
     from small import small
 
@@ -126,10 +145,6 @@ def test_a_system_is_judged_on_shards_and_on_rows_of_the_hub(tmp_path, monkeypat
     from nextscale.evaluation import report
     from nextscale.recipes.generators import var
 
-    monkeypatch.setattr(
-        report, "lite0_features", lambda images, network: torch.stack([i.mean((1, 2)) for i in images[:9]])
-    )
-    monkeypatch.setattr(report, "Lite0", lambda: None)
     members = {}
     for i in range(12):
         members |= {f"{i:03}.png": png(i), f"{i:03}.cls": str(i % 2).encode()}
@@ -144,8 +159,11 @@ def test_a_system_is_judged_on_shards_and_on_rows_of_the_hub(tmp_path, monkeypat
         item = data.train[1]
         assert data.train.said(1) == {key: value for key, value in item.items() if key != "image"}
         system = var.build(small(num_classes=2, classes=data.classes), seed=1)
-        found = report.evaluate(system, data, tmp_path / name, samples=3, progress=False)
+        found = report.evaluate(
+            system, data, tmp_path / name, samples=3, network=Means(), distances=[L1()], progress=False
+        )
         assert found["samples"]["distance"]["validation"]["count"] == len(data.val)
+        assert {"kid_means", "l1", "rfd_means"} <= set(found["scores"])
         assert (tmp_path / name / "report.md").is_file()
 
 

@@ -161,7 +161,8 @@ def test_half_precisions_are_close_to_float32_and_leave_weights_in_float32(tmp_p
     # 8 bits of mantissa: the first losses agree to a percent, but not to the bit
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
     assert losses["bfloat16"] != losses["float32"]
-    assert losses["float16"] == pytest.approx(losses["float32"], rel=2e-3)  # 11 bits
+    # 11 bits: a thousandth where sums are float32, a hundredth on CPUs that add up in float16 (AVX512-FP16)
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=2e-2)
     assert losses["float16"] != losses["float32"]
 
 

@@ -96,7 +96,10 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments, method: Literal["eigh
     not real. Raises ValueError for moments of different widths, and from `sqrtm` for a root that is not real.
     """
     if len(a.mean) != len(b.mean):
-        raise ValueError(f"expected moments of the same features, got {len(a.mean)} and {len(b.mean)} numbers an image")
+        raise ValueError(
+            f"expected moments of the same features, got {len(a.mean)} and {len(b.mean)} numbers an image; moments that a file "
+            "holds belong to the network that made them (2048: Inception's, 1280: EfficientNet-lite0's)"
+        )
     if method not in ("eigh", "sqrtm"):
         raise ValueError(f"method: expected eigh or sqrtm, got {brief(method)}")
     root = _trace_by_eigh(a, b) if method == "eigh" else _trace_by_sqrtm(a.covariance, b.covariance)
