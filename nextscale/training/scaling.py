@@ -239,8 +239,10 @@ def _quality(
         drawn, said, _ = draw_as_often(system, encode_images(system, images.val), images.classes, count, seed=0)
         features = lite0_features(drawn, network)
         found[rung.depth] = {name: kernel_distance(features, known) for name, known in references.items()}
-        rows.append(drawn[:SHOWN])
-        names += [f"d{rung.depth} {name}" for name in said[:SHOWN]]
+        firsts = [said.index(name) for name in dict.fromkeys(said)]  # of different labels, as far as there are
+        shown = sorted([*firsts, *(i for i in range(count) if i not in firsts)][:SHOWN])
+        rows.append(drawn[shown])
+        names += [f"d{rung.depth} {said[i]}" for i in shown]
     title = "A row for each size; the same labels and seeds"
     save_images(torch.cat(rows), out / "samples.png", columns=SHOWN, labels=names, title=title)
     return found
@@ -298,6 +300,8 @@ def _draw(
 def _finish(axis: Any, name: str) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:.3g}")
     axis.set_ylabel(name)
     axis.grid(True, which="both", alpha=0.3)
     axis.legend(fontsize=8)
