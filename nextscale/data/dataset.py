@@ -60,6 +60,28 @@ class Relabelled(Dataset[dict[str, Any]]):
         return getattr(self.data, "stamps", None)
 
 
+class Untold(Dataset[dict[str, Any]]):
+    """Items of a data set whose classes are not a system's: their labels say nothing."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.data[index] | {"label": None, "labels": (None,)}
+
+    def said(self, index: int) -> dict[str, Any]:
+        """An item without its image, where the data set can say it."""
+        return getattr(self.data, "said", self.data.__getitem__)(index) | {"label": None, "labels": (None,)}
+
+    @property
+    def stamps(self) -> list[str] | None:
+        """Those of the data set."""
+        return getattr(self.data, "stamps", None)
+
+
 class Pictures:
     """The images of a data set as if they were one tensor [N, C, H, W]; they are read when they are asked for."""
 

@@ -133,7 +133,7 @@ def _draw(rows: Sequence[str], values: Sequence[Mapping[str, float]], titles: Se
         )
         axis.set_yticks(range(len(titles)), titles, fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(f"{name} {'^' if _higher(name) else 'v'}", fontsize=9)
+        axis.set_title(f"{name} ({'higher' if _higher(name) else 'lower'} is better)", fontsize=9)
         for i, value in enumerate(numbers):
             axis.annotate(
                 " -" if math.isnan(value) else f" {value:.4g}",

@@ -10,11 +10,13 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import nextscale
-from nextscale.data.dataset import pictures
+from nextscale.data.dataset import Untold, pictures
 from nextscale.data.images import save_images
 from nextscale.encoded import Choices, EncodedImages, encode_images
 from nextscale.evaluation.image_sets import ArraySet, DataSet, ImageSet
@@ -79,7 +81,7 @@ def evaluate(
 
     Args:
         data: `ns.openmoji(size)` or `ns.image_folder(path, size, validation=0.1)` of the system's size: `train`, `val`
-            and `classes`, whose numbers are those that the model was trained with.
+            and `classes`. Where these are not the system's, images are told nothing, with a warning.
         samples: images to generate with the system's own guidance and filter, at least 2; their labels are drawn from
             the first labels of the training images.
         seed: of those labels; image i is drawn from seed + i.
@@ -89,6 +91,7 @@ def evaluate(
     Returns what `report.json` holds. Raises ValueError if the data do not fit the system.
     """
     _check(system, data, samples)
+    data = _said_alike(system, data)
     out = as_path(out, "a folder to write")
     started = time.perf_counter()
     report: dict[str, Any] = {"about": _about(system, data, samples, seed)}
@@ -141,12 +144,19 @@ def _check(system: System, data: Any, samples: int) -> None:
         got, wanted = tuple(getattr(data, name)[0]["image"].shape), (system.tokenizer.channels, *system.image_size)
         if got != wanted:
             raise ValueError(f"this system makes images of {list(wanted)}, got data.{name} of {list(got)}; read it so")
-    if system.model is not None and system.classes and tuple(data.classes) != system.classes:
-        raise ValueError(
-            f"the classes of the data are not the system's: expected {len(system.classes)} "
-            f"({', '.join(system.classes[:3])}, ...), got {len(data.classes)} ({', '.join(data.classes[:3])}, ...); "
-            "use the data it was trained on"
-        )
+
+
+def _said_alike(system: System, data: Any) -> Any:
+    """The data, whose labels say nothing where their classes are not the system's."""
+    if system.model is None or not system.classes or tuple(data.classes) == system.classes:
+        return data
+    warnings.warn(
+        f"the classes of the data are not the system's: expected {len(system.classes)} ({', '.join(system.classes[:3])}, ...), "
+        f"got {len(data.classes)} ({', '.join(data.classes[:3])}, ...). The images are told nothing, so the likelihood is that "
+        "of the null class, and samples show the system's own classes",
+        stacklevel=5,
+    )
+    return SimpleNamespace(train=Untold(data.train), val=Untold(data.val), classes=system.classes)
 
 
 def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]:
@@ -307,6 +317,13 @@ def draw_as_often(
 ) -> tuple[Tensor, list[str], list[int]]:
     """Samples under what is said of images drawn at random; what they are called, and the order in which they are shown."""
     generator = torch.Generator().manual_seed(seed)
+    primary, reader = next(iter(system.readers.items()))
+    column = known.told[primary]
+    if (
+        isinstance(column, Choices) and reader.choices and bool((column.numbers < 0).all())
+    ):  # nothing is said of the images
+        column = Choices(torch.arange(len(reader.choices), dtype=torch.int32)[:, None])
+        known = EncodedImages(torch.empty(len(column), 0), known.told | {primary: column})
     rows = torch.randint(len(known), (count,), generator=generator).tolist()
     told = {name: [values[row] for row in rows] for name, values in known.said().items()}
     images = torch.cat(
