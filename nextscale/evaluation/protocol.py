@@ -65,9 +65,8 @@ RESULTS = {  # Table 1 of VAR v2, and the README's FID
 }
 NAMES = ("fid", "inception_score", "precision", "recall")
 TWO = (
-    "the README samples with cfg 1.5, top-k 900, top-p 0.96, the paper's "
-    "ablation with cfg 2.0, top-k 600; a user measured FID 3.49 "
-    "and IS 281.7 for d16 with the README's (VAR issue 83)"
+    "the README samples with cfg 1.5, top-k 900, top-p 0.96, the paper's ablation with cfg 2.0, top-k 600; a user "
+    "measured FID 3.49 and IS 281.7 for d16 with the README's (VAR issue 83)"
 )
 PRESETS: dict[str, Preset] = {
     **{
@@ -149,8 +148,7 @@ def findings(
             "jpeg",
             f"{sum(lossy.values())} samples are {'/'.join(lossy)} files, which have lost what features see",
             "24.8 became 30.7 when samples were saved with losses: LostGANs issue 13, VAR issue 69; fd_lite0 of "
-            "real drawings 511 became "
-            "583 at quality 75",
+            "real drawings 511 became 583 at quality 75",
         )
     count = samples["count"]
     if inception and count < FULL and not paired:
@@ -166,8 +164,7 @@ def findings(
             "count",
             f"{min(count, reference['count'] or count):,} images are too few for fd_lite0",
             "one half of the drawings of OpenMoji scores 511 against the other with 2,245 images, 571 with 1,000, "
-            "666 with 500; read "
-            "kid_lite0, which does not depend on the number",
+            "666 with 500; read kid_lite0, which does not depend on the number",
             "warning",
         )
     spread = samples.get("per_class")
@@ -182,8 +179,7 @@ def findings(
             "validation-labels",
             "the samples' labels are those of the validation images",
             "a loader's class numbers or shares that are not the model's gave FID 18.3 to 19.1 for VAR-d16 instead "
-            "of 3.55: VAR "
-            "issue 45; draw 50 of each class",
+            "of 3.55: VAR issue 45; draw 50 of each class",
         )
     if inception and labels == "unknown" and not samples.get("made") and not paired:
         add(
@@ -298,8 +294,7 @@ def _of_preset(preset: Preset, samples: Mapping[str, Any], reference: Mapping[st
             Finding(
                 "count",
                 f"the row has {preset.per_class} images of each of {preset.classes} classes, these samples "
-                f"{spread['least']} of "
-                f"{spread['classes']}",
+                f"{spread['least']} of {spread['classes']}",
                 "FID falls with the number of images",
                 "refused",
             )

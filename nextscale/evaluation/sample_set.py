@@ -273,8 +273,7 @@ def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single:
             )
             raise ValueError(
                 f"{folder} was begun with another {wrong[0]} ({brief(known.get(wrong[0]))} and now "
-                f"{brief(note.get(wrong[0]))}); "
-                "give the same command, or another --out"
+                f"{brief(note.get(wrong[0]))}); give the same command, or another --out"
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
