@@ -236,7 +236,7 @@ def test_report_without_a_model_on_an_image_folder(tmp_path: Path) -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     data = ns.image_folder(tmp_path / "images", 16, validation=0.4, progress=False)
     found = evaluate(var.build(small(sizes=SIZES, num_classes=0)), data, tmp_path / "out", progress=False)
-    assert set(found) == {"about", "scores", "tokenizer"} and len(found["tokenizer"]) == 2
+    assert set(found) == {"about", "scores", "tokenizer", "reconstruction_protocol"} and len(found["tokenizer"]) == 2
     assert not (tmp_path / "out" / "samples.png").exists()
     with_model = var.build(small(sizes=SIZES, num_classes=2, classes=("a", "b")))
     found = evaluate(with_model, data, tmp_path / "out", samples=2, progress=False)

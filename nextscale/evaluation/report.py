@@ -40,7 +40,7 @@ from nextscale.evaluation.likelihood import (
 )
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
 from nextscale.evaluation.networks import FeatureNetwork, Lite0Network
-from nextscale.evaluation.protocol import KEYS, SMALL, findings, refuse, sheet, sheet_lines
+from nextscale.evaluation.protocol import KEYS, SMALL, Split, findings, refuse, sheet, sheet_lines
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.evaluation.sample_set import fingerprint_of
 from nextscale.evaluation.score import Distance, SetFeatures, described, paired_scores, set_scores
@@ -99,7 +99,9 @@ def evaluate(
     report["scores"] = {}
     report["tokenizer"] = _tokenizer(system, data, report["scores"])
     sets = _Sets(data, network, progress)
-    rebuilt = ArraySet(reconstructions(system, data.val), "reconstructions")
+    made = {"system": system.recipe, "fingerprint": fingerprint_of(system)}
+    rebuilt = ArraySet(reconstructions(system, data.val), "reconstructions", {"made": made})
+    report["reconstruction_protocol"] = _protocol(rebuilt, DataSet(data.val, "held-out images"), network, paired=True)
     report["scores"] |= paired_scores(rebuilt, DataSet(data.val, "held-out images"), distances or _usual())
     report["scores"] |= set_scores(SetFeatures(rebuilt, network), sets.val, network, paired=True)
     report["scores"]["residual_bits"] = residual_bits(rebuilt, DataSet(data.val, "held-out images"))
@@ -401,12 +403,15 @@ def recorded_sampling(sampling: Any) -> dict[str, Any]:
     return dict(sampling.model_dump(mode="json")) if isinstance(sampling, Settings) else {}
 
 
-def _protocol(samples: ImageSet, reference: ImageSet, network: FeatureNetwork) -> dict[str, Any]:
-    """The sheet of the samples' scores; nothing is refused, for the report is no claim about a published row."""
+def _protocol(samples: ImageSet, reference: ImageSet, network: FeatureNetwork, paired: bool = False) -> dict[str, Any]:
+    """The sheet of the scores of samples, or of reconstructions (`paired`); nothing is refused, for the report is no claim
+    about a published row."""
     facts = described(samples), described(reference)
     named = {"name": network.name, "digest": network.digest, "suffix": network.suffix}
-    found = refuse(findings(*facts, named, labels="training", split="training"), sorted(KEYS))
-    return sheet(*facts, named, found, labels="training", reference_split="training")
+    split: Split = "unknown" if paired else "training"
+    found = refuse(findings(*facts, named, paired=paired, labels="training", split=split), sorted(KEYS))
+    told: dict[str, Any] = {} if paired else {"labels": "training", "reference_split": "training"}
+    return sheet(*facts, named, found, paired=paired, **told)
 
 
 def _names(
@@ -514,9 +519,10 @@ def _score_words(report: dict[str, Any]) -> list[str]:
             "bits_per_dimension: what the tokens cost; pixel_bits: both together, a bound on the likelihood of the "
             "pixels. Of samples:",
             "kid, precision, recall and, from 2,000 samples on, fd against the training images.",
-            "",
-            *sheet_lines(report["protocol"]),
         ]
+    for name in ("reconstruction_protocol", "protocol"):
+        if name in report:
+            lines += ["", *sheet_lines(report[name])]
     return lines
 
 

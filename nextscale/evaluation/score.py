@@ -227,7 +227,7 @@ def read_score(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     place = Path(path)
     if place.is_dir():
-        names = [name for name in ("score.json", "report.json", "scaling.json") if (place / name).is_file()]
+        names = [name for name in ("score.json", "report.json") if (place / name).is_file()]
         if not names:
             raise FileNotFoundError(
                 f"{place} has no score.json and no report.json; give a folder of `nextscale score` or `evaluate`"
