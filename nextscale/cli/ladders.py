@@ -15,6 +15,7 @@ from nextscale.cli.train import RECIPE, OutFolder, about, check_numbers, load_da
 from nextscale.data.source import DRAWINGS
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.extras import need
+from nextscale.processes import Team
 from nextscale.system import find_recipe
 from nextscale.training.config import GeneratorLoss, TrainConfig
 from nextscale.training.ladder import flop_per_image, loaded, parameters, rungs, train_ladder
@@ -114,6 +115,8 @@ def command(defaults: Any, drawings: bool) -> Callable[..., None]:
             about=about(images, base),
             source=source.named(),
         )
+        if not Team.of_environment().leads:
+            return
         found = []
         for rung in ladder:
             system = loaded(rung)

@@ -86,7 +86,10 @@ def sample_set(
     loading = loading.told(said)
     loading = Loading(loading.system, team.own_device(loading.device), loading.dtype, loading.methods)
     system = loading.load()
-    conditions: list[Any] = read_labels(system, labels, said, name=loading.name, most=MOST_SINGLES)
+    try:
+        conditions: list[Any] = read_labels(system, labels, said, name=loading.name, most=MOST_SINGLES)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--prompt", "--prompts FILE")) from None
     options, words = picking.resolve(system, preset)
     own: Any = system.sampling if not preset else None
     from nextscale.cli.options import own_settings, preset_of

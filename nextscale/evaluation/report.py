@@ -380,7 +380,8 @@ def _samples(
         if count >= SMALL or not name.startswith("fd")
     }
     report["protocol"] = _protocol(drawn, DataSet(data.train, "training images"), network)
-    kid = {name: found["kid" + network.suffix] for name, found in compared.items()}
+    named = "kid" + network.suffix  # of one image there is none
+    kid = {name: found[named] for name, found in compared.items() if named in found}
     return {
         "kid" + network.suffix: kid,
         "compared": compared,
@@ -615,9 +616,12 @@ def _sample_lines(samples: dict[str, Any]) -> list[str]:
                 f"* {found['images']} {name}: mean distance of two {found['mean']:.3f}; "
                 f"{found['close_pairs']} of {found['pairs']} pairs closer than {spread['threshold']}"
             )
-    rows = [[name, *(f"{value:.4g}" for value in found.values())] for name, found in samples["compared"].items()]
-    lines += ["", "Sets of images compared by features:", ""]
-    lines += table(["sets", *next(iter(samples["compared"].values()))], rows)
+    columns = list(dict.fromkeys(score for found in samples["compared"].values() for score in found))
+    rows = [
+        [name, *(f"{found[score]:.4g}" if score in found else "" for score in columns)]
+        for name, found in samples["compared"].items()
+    ]
+    lines += ["", "Sets of images compared by features:", "", *table(["sets", *columns], rows)]
     return [*lines, "", "![neighbours](neighbours.png)"]
 
 

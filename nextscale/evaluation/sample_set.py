@@ -113,6 +113,8 @@ def sample_set(
     note = _note(system, conditions, each, seed, rejection, about or {})
     single = out.suffix.lower() != ".npz"
     folder = out if single else out.with_name(out.name + PARTS)
+    if team.leads:
+        _check_folder(folder, single)
     with alone_in(folder) if team.leads else nullcontext():
         missing = _agreed(lambda: _begin(out, folder, note, count, single), team)
         _draw(task, missing, batch, folder, single, team, progress)
@@ -254,6 +256,13 @@ def _rejection(rejection: Rejection) -> dict[str, Any]:
     return {"classifier": rejection.name, "least": rejection.least, "tries": rejection.tries}
 
 
+def _check_folder(folder: Path, single: bool) -> None:
+    """Refuse a folder of others' files, before anything is put into it."""
+    begun = not single or note_of(folder).is_file() or not folder.is_dir()
+    if not begun and any(not name.startswith(".") for name in os.listdir(folder)):
+        raise ValueError(f"{folder} holds other files; give a folder of its own")
+
+
 def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single: bool) -> list[range]:
     """The runs of images that are missing; refuses what was begun with other settings."""
     if not single and out.is_file():
@@ -263,8 +272,6 @@ def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single:
             raise ValueError(f"{out} is there already, and was made in another way; choose another name, or delete it")
         return []
     begun = note_of(folder) if single else folder / "set.json"
-    if single and not begun.is_file() and any(not name.startswith(".") for name in os.listdir(folder)):
-        raise ValueError(f"{folder} holds other files; give a folder of its own")
     if begun.is_file():
         known = read_json(begun, expected="how a set was begun")
         if known != json.loads(json.dumps(note)):
