@@ -213,7 +213,7 @@ def _tokenizer(system: System, data: Any, overall: dict[str, float]) -> list[dic
     """One entry a scale, over the validation images; a loop of many steps shows some. How codes are used by all scales
     together goes into `overall`."""
     schedule = system.schedule
-    shown = sorted({round(i) for i in np.linspace(0, len(schedule) - 1, min(len(schedule), MOST_ROWS)).tolist()})
+    shown = _shown(schedule)
     found = evaluate_tokenizer(system.tokenizer, data.val, schedule, system.device, BATCH, decoded=shown)
     rows: list[dict[str, Any]] = []
     for i, k in enumerate(shown):
@@ -228,15 +228,22 @@ def _tokenizer(system: System, data: Any, overall: dict[str, float]) -> list[dic
     return rows
 
 
+def _shown(schedule: Schedule) -> list[int]:
+    """Scales that are shown: all, or of a loop of many steps some, evenly spaced."""
+    return sorted({round(i) for i in np.linspace(0, len(schedule) - 1, min(len(schedule), MOST_ROWS)).tolist()})
+
+
 def _save_reconstructions(system: System, val: Dataset, path: Path, count: int = 16) -> None:
     """A row of originals, then a row for each scale."""
     total = len(val)  # type: ignore[arg-type]
     count = min(count, total)
     images = torch.stack([val[i * total // count]["image"] for i in range(count)]).to(system.device)
     rows, labels = [images], ["original"] * count
-    for size, f_hat in zip(system.schedule.sizes, system.tokenizer.encode(images, system.schedule).f_hats, strict=True):
-        rows.append(at_size(system.tokenizer.decode(f_hat), images.shape[-2:]).clamp(-1, 1))
-        labels += [f"{_side(size)}: {value:.1f} dB" for value in psnr(rows[-1], images).tolist()]
+    f_hats = system.tokenizer.encode(images, system.schedule).f_hats
+    for k in _shown(system.schedule):
+        rows.append(at_size(system.tokenizer.decode(f_hats[k]), images.shape[-2:]).clamp(-1, 1))
+        name = _side(system.schedule.sizes[k])
+        labels += [f"{name}: {value:.1f} dB" for value in psnr(rows[-1], images).tolist()]
     title = "Validation images, then the reconstruction after each scale, with its PSNR"
     save_images(torch.cat(rows), path, columns=count, labels=labels, title=title)
 

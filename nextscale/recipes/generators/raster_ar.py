@@ -17,19 +17,12 @@ from pydantic import field_validator
 from torch import Tensor
 
 from nextscale.contracts import Corrupt, Encoded
-from nextscale.model.class_condition import ClassCondition
-from nextscale.model.head import SoftmaxHead
-from nextscale.model.positions import LearnedPositions
-from nextscale.model.transformer import Transformer
-from nextscale.model.transformer_settings import TransformerSettings
 from nextscale.output import Images
 from nextscale.readers import ClassReader
 from nextscale.recipes.generators import var
-from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.system import System
-from nextscale.system_settings import ClassSystemSettings, Sides
-from nextscale.tokenizer.autoencoder import AutoencoderSettings
+from nextscale.system_settings import Sides
 from nextscale.tokenizer.maps import as_rows
 from nextscale.tokenizer.pyramid import PyramidSettings, ResidualPyramid
 from nextscale.tokenizer.tokenizer import ImageTokenizer
@@ -41,14 +34,11 @@ from nextscale.training.objective import TeacherForcing
 PYRAMID = PyramidSettings(phi_ratio=0)
 
 
-class Config(ClassSystemSettings):
+class Config(var.Config):
     """A raster-order system. The defaults are VAR-d16's tokenizer and transformer, for 256 px ImageNet."""
 
     sizes: Sides = (16,)
-    autoencoder: AutoencoderSettings = AutoencoderSettings()
     pyramid: PyramidSettings = PYRAMID
-    transformer: TransformerSettings = TransformerSettings()
-    sampling: SamplingDefaults = SamplingDefaults()
 
     @field_validator("sizes")
     @classmethod
@@ -163,7 +153,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = ImageTokenizer(config.autoencoder, RasterPyramid(config.pyramid, size))
-        transformer = build_model(config, steps(size)) if model and config.num_classes else None
+        transformer = var.build_model(config, steps(size)) if model and config.num_classes else None
     if transformer is not None:
         transformer.reset_parameters(torch.Generator().manual_seed(seed))
     return System(
@@ -177,18 +167,6 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         objective=TeacherForcing(),
         readers={"label": ClassReader(config.classes, config.num_classes)},
         output=OneMap(tokenizer.channels, size=size),
-    )
-
-
-def build_model(config: Config, schedule: Schedule) -> Transformer:
-    """The transformer alone, with torch's own initial weights; its positions have a vector a token."""
-    dim = config.transformer.dim
-    return Transformer(
-        config.transformer,
-        code_dim=config.pyramid.code_dim,
-        conditioner=ClassCondition(config.num_classes, dim),
-        positions=LearnedPositions(schedule, dim),
-        head=SoftmaxHead(dim, config.pyramid.codebook_size),
     )
 
 

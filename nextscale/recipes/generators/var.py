@@ -29,6 +29,7 @@ from nextscale.published.var_layout import SAMPLING as SAMPLING
 from nextscale.published.var_layout import SIZES_512 as SIZES_512
 from nextscale.readers import ClassReader
 from nextscale.sampling.defaults import SamplingDefaults
+from nextscale.schedule import Schedule
 from nextscale.system import System
 from nextscale.system_settings import ClassSystemSettings, Sides
 from nextscale.tokenizer.autoencoder import AutoencoderSettings
@@ -103,14 +104,15 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
     )
 
 
-def build_model(config: Config) -> Transformer:
-    """The transformer alone, with torch's own initial weights."""
+def build_model(config: Config, schedule: Schedule | None = None) -> Transformer:
+    """The transformer alone, with torch's own initial weights; `schedule`: whose positions it learns, by default the
+    config's."""
     dim = config.transformer.dim
     return Transformer(
         config.transformer,
         code_dim=config.pyramid.code_dim,
         conditioner=ClassCondition(config.num_classes, dim),
-        positions=LearnedPositions(config.schedule, dim),
+        positions=LearnedPositions(schedule or config.schedule, dim),
         head=SoftmaxHead(dim, config.pyramid.codebook_size),
     )
 
