@@ -4,6 +4,7 @@ alone, so the weights are random.
 python benchmarks/raster_speed.py --shape emoji-64
 python benchmarks/raster_speed.py --shape d16 --batches 1 --repeats 1
 python benchmarks/raster_speed.py --depth 2 --sizes 1 2 3 4 5 6 8 10 13 16
+python benchmarks/raster_speed.py --sizes 1 2 3 4 6 9 13 18 24 32 --batches 1 --repeats 3
 
 Both sides sample with guidance at every step, keys and values cached; they alternate, and the medians are compared.
 """

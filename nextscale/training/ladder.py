@@ -35,11 +35,6 @@ class Rung:
     seed: int
     folder: Path
 
-    @property
-    def name(self) -> str:
-        """That of its folder."""
-        return self.folder.name
-
 
 def rungs(out: str | os.PathLike[str], depths: Sequence[int], width: int, seeds: Sequence[int]) -> list[Rung]:
     """The trainings of a ladder in the folder `out`, small ones first. Raises ValueError for sizes that no transformer has."""
