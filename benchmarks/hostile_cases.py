@@ -14,6 +14,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -102,7 +103,7 @@ def own(home: Path, name: str) -> Path:
 
 def cases() -> list[Case]:
     """All cases; their names are unique within a kind."""
-    makers = (flags, pairs, configs, weights, shards_of_systems, runs, folders, shards, calls, prompts, files)
+    makers = (flags, pairs, configs, weights, shards_of_systems, runs, folders, shards, calls, prompts, files, sets)
     found = [case for maker in makers for case in maker()]
     names = [f"{case.kind}: {case.name}" for case in found]
     assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
@@ -1275,3 +1276,92 @@ def files() -> Iterator[Case]:
     }.items():
         words = (*SAMPLE[:3], "--labels", "labels.csv", "--count", "1", "--out", "a.png")
         yield Case("files", name, words, partial(table, rows=rows), wanted="either")
+
+
+# ---- sets of images ---------------------------------------------------------------------------------------------------
+
+
+def array_file(shape: tuple[int, ...], content: bytes, descr: str = "|u1", columns: bool = False) -> bytes:
+    """A .npy that says this shape, whatever it holds."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": columns, "shape": shape})
+    return file.getvalue() + content
+
+
+def sets() -> Iterator[Case]:
+    """Containers to be scored, sets that were begun, and reports to be compared."""
+    images = np.zeros((4, 64, 64, 3), np.uint8)
+
+    def written(home: Path, **arrays: Any) -> None:
+        np.savez(home / "x.npz", **arrays)
+
+    def raw(home: Path, **members: bytes) -> None:
+        with zipfile.ZipFile(home / "x.npz", "w") as archive:
+            for name, content in members.items():
+                archive.writestr(f"{name}.npy", content)
+
+    def alone(home: Path, content: bytes) -> None:
+        (home / "x.npz").write_bytes(content)
+
+    def cut(home: Path) -> None:
+        written(home, arr_0=images)
+        (home / "x.npz").write_bytes((home / "x.npz").read_bytes()[:-700])
+
+    strange: dict[str, tuple[Callable[[Path], None], Wanted]] = {
+        "bytes": (partial(written, arr_0=images), "warn"),
+        "compressed": (lambda home: np.savez_compressed(home / "x.npz", images), "warn"),
+        "columns first": (partial(written, arr_0=np.asfortranarray(images)), "refuse"),
+        "floats": (partial(written, arr_0=images.astype(np.float32)), "refuse"),
+        "three dimensions": (partial(written, arr_0=images[0]), "refuse"),
+        "one channel": (partial(written, arr_0=images[..., :1]), "refuse"),
+        "no images": (partial(written, arr_0=images[:0]), "refuse"),
+        "another size": (partial(written, arr_0=images[:, :32]), "refuse"),
+        "another name": (partial(written, images=images), "refuse"),
+        "Python objects": (partial(written, arr_0=np.array([print], dtype=object)), "refuse"),
+        "more than there is": (partial(raw, arr_0=array_file((10**12, 64, 64, 3), bytes(100))), "refuse"),
+        "less than nothing": (partial(raw, arr_0=array_file((-4, 64, 64, 3), bytes(100))), "refuse"),
+        "no header": (partial(raw, arr_0=b"\x93NUMPY"), "refuse"),
+        "moments of another network": (partial(written, arr_0=images, mu=np.zeros(9), sigma=np.eye(9)), "refuse"),
+        "moments that do not fit": (partial(written, arr_0=images, mu=np.zeros(9), sigma=np.eye(8)), "refuse"),
+        "moments that are not finite": (partial(written, mu=np.full(1280, np.nan), sigma=np.eye(1280)), "refuse"),
+        "text": (partial(alone, content=b"images"), "refuse"),
+        "nothing": (partial(alone, content=b""), "refuse"),
+        "cut off": (cut, "refuse"),
+    }
+    score = ("score", "x.npz", "--reference", "images", "--size", "64", "--out", "scored")
+    for name, (make, wanted) in strange.items():
+        moments = name.startswith("moments")
+        words = ("score", "images", "--reference", "x.npz", "--size", "64", "--out", "scored") if moments else score
+        yield Case("sets", f"score: {name}", words, make, wanted=wanted, outputs=("scored",))
+
+    def begun(home: Path, content: bytes, name: str = "set.json") -> None:
+        (home / "drawn").mkdir()
+        (home / "drawn" / name).write_bytes(content)
+
+    draw = ("sample-set", "--system", "system", "--each", "1", "--labels", "0,1", "--out", "drawn")
+    for name, content in {
+        "text": b"set",
+        "a list": b"[]",
+        "another": b"{}",
+        "nested": b"[" * 500,
+        "NaN": b'{"seed": NaN}',
+    }.items():
+        yield Case("sets", f"begun: {name}", draw, partial(begun, content=content), outputs=("drawn",))
+    yield Case("sets", "others' files", draw, partial(begun, content=b"mine", name="mine.txt"))
+
+    def report(home: Path, content: bytes) -> None:
+        (home / "r.json").write_bytes(content)
+
+    together = ("compare", "r.json", "r.json", "--out", "compared", "--names", "a", "b")
+    for name, content in {
+        "text": b"report",
+        "a list": b"[1]",
+        "nothing": b"{}",
+        "scores of text": b'{"scores": {"fid": "low"}}',
+        "scores that are a list": b'{"scores": [1, 2]}',
+        "infinite scores": b'{"scores": {"fid": 1e999}}',
+        "nested": b"[" * 5000,
+        "a tokenizer of nothing": b'{"tokenizer": []}',
+        "a protocol of text": b'{"scores": {"fid": 3}, "protocol": "mine"}',
+    }.items():
+        yield Case("sets", f"compare: {name}", together, partial(report, content=content), outputs=("compared",))

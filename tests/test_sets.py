@@ -222,6 +222,25 @@ def test_a_set_that_was_stopped_goes_on(system, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["part.json", "part.npz", "whole.json", "whole.npz"]
 
 
+def test_damaged_parts_are_made_again(system, tmp_path, monkeypatch):
+    whole = sample_set(system, range(5), 4, tmp_path / "whole.npz", progress=False).read_bytes()
+    monkeypatch.setattr(module, "_end", lambda *_: None)
+    sample_set(system, range(5), 4, tmp_path / "part.npz", progress=False)
+    parts = sorted((tmp_path / "part.npz.parts").glob("*.npy"))
+    assert [path.name for path in parts] == ["00000000-00000008.npy", "00000008-00000016.npy", "00000016-00000020.npy"]
+    parts[0].write_bytes(parts[0].read_bytes()[:-9])
+    parts[1].write_bytes(b"")
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert sample_set(system, range(5), 4, tmp_path / "part.npz", progress=False).read_bytes() == whole
+    folder = sample_set(system, range(5), 4, tmp_path / "folder", progress=False)
+    expected = (folder / "00000003.png").read_bytes()
+    (folder / "00000003.png").write_bytes(expected[:-20])
+    with pytest.warns(UserWarning, match="damaged"):
+        sample_set(system, range(5), 4, folder, progress=False)
+    assert (folder / "00000003.png").read_bytes() == expected
+
+
 def test_a_set_of_other_settings_is_refused(system, tmp_path, monkeypatch):
     sample_set(system, range(5), 1, tmp_path / "a.npz", progress=False)
     before = (tmp_path / "a.npz").stat().st_mtime_ns

@@ -32,13 +32,20 @@ def flat_scores(report: Mapping[str, Any]) -> dict[str, float]:
     if "tokenizer" in report:  # of `evaluate`
         last = report["tokenizer"][-1]
         values |= {name: last[name] for name in ("psnr", "used", "perplexity") if name in last}
-        for condition, found in report.get("likelihood", {}).get("model", {}).items():
+        for condition, found in _table(report, "likelihood", "model").items():
             for measure in ("cross_entropy", "accuracy"):
-                if measure in found:
-                    values[f"{measure}, {condition}"] = found[measure]["mean"]
+                values[f"{measure}, {condition}"] = _table({"found": found}, "found", measure).get("mean")
     return {
         name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def _table(report: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """What stands in a report under these names, if it is a table; else an empty one."""
+    found: Any = report
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def compare(reports: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], names: Sequence[str] = ()) -> Path:
@@ -105,7 +112,7 @@ def _differences(reports: Sequence[Mapping[str, Any]], titles: Sequence[str]) ->
         "size of images": ("samples", "size"),
     }
     for what, (part, key) in asked.items():
-        said = [report.get("protocol", {}).get(part, {}).get(key) for report in reports]
+        said = [_table(report, "protocol", part).get(key) for report in reports]
         kinds: dict[str, list[str]] = {}
         for title, value in zip(titles, said, strict=True):
             if value is not None:
@@ -113,7 +120,9 @@ def _differences(reports: Sequence[Mapping[str, Any]], titles: Sequence[str]) ->
         if len(kinds) > 1:
             found.append(f"{what}: " + "; ".join(f"{' and '.join(names)}: {value}" for value, names in kinds.items()))
     for report, title in zip(reports, titles, strict=True):
-        found += [f"{title}: {one['what']}" for one in report.get("protocol", {}).get("warnings", [])]
+        warnings = _table(report, "protocol").get("warnings", [])
+        listed = warnings if isinstance(warnings, list) else []
+        found += [f"{title}: {one['what']}" for one in listed if isinstance(one, dict) and "what" in one]
     return found
 
 

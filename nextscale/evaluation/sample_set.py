@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -116,8 +117,8 @@ def sample_set(
     if team.leads:
         _check_folder(folder, single)
     with alone_in(folder) if team.leads else nullcontext():
-        missing = _agreed(lambda: _begin(out, folder, note, count, single), team)
-        _draw(task, missing, batch, folder, single, team, progress)
+        missing = _agreed(lambda: _begin(out, folder, note, count, single, system.image_size), team)
+        _draw(task, missing, count, batch, folder, single, team, progress)
         team.wait()
         if team.leads:
             _end(out, folder, note, count, system.image_size, single)
@@ -141,7 +142,14 @@ def _agreed(begin: Callable[[], list[range]], team: Team) -> list[range]:
 
 
 def _draw(
-    task: _Task, missing: Sequence[range], batch: int, folder: Path, single: bool, team: Team, progress: bool
+    task: _Task,
+    missing: Sequence[range],
+    count: int,
+    batch: int,
+    folder: Path,
+    single: bool,
+    team: Team,
+    progress: bool,
 ) -> None:
     """Make this process's share of what is missing.
 
@@ -160,7 +168,8 @@ def _draw(
         _pool(workers if cpu else 1, cpu) as pool,
     ):
         for block, images in zip(own, pool.map(task.draw, own), strict=True):
-            kept = [number for number in block if number in wanted]
+            # A part is a run without gaps, so of an array the whole block is kept.
+            kept = [number for number in block if (number in wanted if single else number < count)]
             _keep(folder, kept, images[[number - block.start for number in kept]], single)
             bar.update(len(kept))
 
@@ -263,7 +272,9 @@ def _check_folder(folder: Path, single: bool) -> None:
         raise ValueError(f"{folder} holds other files; give a folder of its own")
 
 
-def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single: bool) -> list[range]:
+def _begin(
+    out: Path, folder: Path, note: Mapping[str, Any], count: int, single: bool, size: tuple[int, int]
+) -> list[range]:
     """The runs of images that are missing; refuses what was begun with other settings."""
     if not single and out.is_file():
         if not note_of(out).is_file() or read_json(note_of(out), expected="how a set was made") != json.loads(
@@ -274,6 +285,8 @@ def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single:
     begun = note_of(folder) if single else folder / "set.json"
     if begun.is_file():
         known = read_json(begun, expected="how a set was begun")
+        if not isinstance(known, dict):
+            raise ValueError(f"{begun} does not say how a set was begun; give another --out, or delete that folder")
         if known != json.loads(json.dumps(note)):
             wrong = sorted(
                 name for name in {*known, *note} if known.get(name) != json.loads(json.dumps(note)).get(name)
@@ -288,8 +301,12 @@ def _begin(out: Path, folder: Path, note: Mapping[str, Any], count: int, single:
     if single:
         # One listing: fifty thousand questions to a disk far away take minutes.
         there = {int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r"\d{8}\.png", name)}
-        done = [range(i, i + 1) for i in sorted(there) if i < count]
+        done = [range(i, i + 1) for i in sorted(there) if i < count and _ends_well(folder / f"{i:08}.png")]
     else:
+        for span, path in _parts(folder):
+            if not _holds(path, (len(span), *size, 3)):
+                warnings.warn(f"{path} is damaged; its images are made again", stacklevel=2)
+                path.unlink()
         done = [span for span, _ in _parts(folder) if span.start < count]
     return list(_gaps(done, count))
 
@@ -312,6 +329,26 @@ def _parts(folder: Path) -> list[tuple[range, Path]]:
         if match := re.fullmatch(r"(\d{8})-(\d{8})\.npy", name):
             found.append((range(int(match[1]), int(match[2])), folder / name))
     return sorted(found, key=lambda part: (part[0].start, part[0].stop))
+
+
+def _holds(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a part is an array of bytes of that shape, as long as it says."""
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return False
+    return images.shape == shape and images.dtype == np.uint8
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether a PNG has its last chunk; else it is made again."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 12))
+        whole = file.read()[4:8] == b"IEND"
+    if not whole:
+        warnings.warn(f"{path} is damaged; it is made again", stacklevel=2)
+    return whole
 
 
 def _keep(folder: Path, numbers: Sequence[int], images: np.ndarray[Any, Any], single: bool) -> None:

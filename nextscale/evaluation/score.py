@@ -234,6 +234,13 @@ def read_score(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         place = place / names[0]
     found = read_json(place, expected="a report of `nextscale score` or `nextscale evaluate`")
-    if not isinstance(found, dict) or not ({"scores", "tokenizer"} & set(found)):
+    kinds = {"scores": dict, "tokenizer": list, "likelihood": dict, "protocol": dict}
+    if (
+        not isinstance(found, dict)
+        or not ({"scores", "tokenizer"} & set(found))
+        or any(not isinstance(found[name], kind) for name, kind in kinds.items() if name in found)
+        or any(not isinstance(row, dict) for row in found.get("tokenizer", [{}]) or [None])
+        or any(not isinstance(part, dict | list | str | int | bool) for part in found.get("protocol", {}).values())
+    ):
         raise ValueError(f"{place} is no report of `nextscale score` or `nextscale evaluate`")
     return found
