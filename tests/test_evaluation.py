@@ -14,7 +14,7 @@ from torch import Tensor
 
 import nextscale as ns
 from nextscale.contracts import Encoded
-from nextscale.data.openmoji import EmojiDataset, EmojiRow
+from nextscale.data.emoji import EmojiDataset, EmojiRow
 from nextscale.encoded import encode_images
 from nextscale.evaluation import report as report_module
 from nextscale.evaluation.curves import plot_run, read_metrics

@@ -21,7 +21,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from nextscale.data.openmoji import EmojiRow, render_all
+from nextscale.data.drawings import openmoji_svgs, render_all
+from nextscale.data.emoji import EmojiRow
 from nextscale.files import atomic_write
 
 SIZE = 64
@@ -135,7 +136,7 @@ def main(source: Path, out: Path) -> None:
                 base="",
             )
         )
-    images = render_all(rows, SIZE, progress=True)
+    images = render_all(openmoji_svgs([row.hexcode for row in rows]), SIZE, "OpenMoji", progress=True)
     bases = base_sets([row.hexcode for row in rows], images)
     lines = ["# From OpenMoji 17.0.0 (https://openmoji.org), CC BY-SA 4.0; made by tools/make_openmoji_table.py"]
     lines.append("\t".join(COLUMNS))

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 import nextscale as ns
-from nextscale.data.openmoji import ATTRIBUTION
+from nextscale.data.attribution import ATTRIBUTION
 from nextscale.evaluation.report import evaluate
 
 ROOT = Path(__file__).parent.parent

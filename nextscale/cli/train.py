@@ -11,7 +11,7 @@ from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_seed, check_writable
 from nextscale.cli.parse import check_values, parse_one_of
 from nextscale.data.dataset import Relabelled
-from nextscale.data.source import DRAWINGS, SourceImages, open_images
+from nextscale.data.source import COME_ALONG, DRAWINGS, SourceImages, open_images
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
             f"unknown --preset {name!r} of the recipe {named.recipe or RECIPE}; there are {', '.join(presets)}"
         )
     preset: Any = presets[name]()
-    drawings = (named.data or DRAWINGS) == DRAWINGS
+    drawings = (named.data or DRAWINGS) in COME_ALONG
     commands = {
         "tokenizer": tokenizer_command(recipe, name, preset, drawings),
         "generator": generator_command(recipe, name, preset, drawings),

@@ -1,1 +1,1 @@
-"""Images in: OpenMoji drawings, image folders, reading and writing, augmentation. Nothing is imported here."""
+"""Images in: drawings of emoji, image folders, reading and writing, augmentation. Nothing is imported here."""

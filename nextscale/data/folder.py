@@ -17,6 +17,7 @@ from torch import Tensor
 from nextscale.data.captions import TABLES, captions_of
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
+from nextscale.data.emoji import split_position
 from nextscale.data.images import (
     Seen,
     Size,
@@ -27,7 +28,6 @@ from nextscale.data.images import (
     readable_extensions,
 )
 from nextscale.data.left_out import LeftOut
-from nextscale.data.openmoji import split_position
 from nextscale.files import as_path, brief_path
 from nextscale.pixels import to_float
 

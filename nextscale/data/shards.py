@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from nextscale.data.check import Broken, sound
 from nextscale.data.dataset import ImageDataset
+from nextscale.data.emoji import split_position
 from nextscale.data.folder import hidden
 from nextscale.data.images import Seen, Size, check_share, decode_image, examine_image, readable_extensions
 from nextscale.data.left_out import LeftOut
-from nextscale.data.openmoji import split_position
 from nextscale.files import as_path, brief_path, check_readable, parse_json
 from nextscale.pixels import to_float
 from nextscale.progress import Bar

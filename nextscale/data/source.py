@@ -17,6 +17,8 @@ from nextscale.files import as_path, atomic_write, brief_path, read_json
 from nextscale.settings import brief
 
 DRAWINGS = "openmoji"
+EMOJI = "emoji"  # as five sets draw them
+COME_ALONG = (DRAWINGS, EMOJI)
 HELD_OUT = 0.1  # share of the images, where the data have no validation set of their own
 REMEMBERED = "data.json"  # in the folder of a run
 
@@ -25,9 +27,10 @@ REMEMBERED = "data.json"  # in the folder of a run
 class DataSource:
     """What to train on, or to judge on.
 
-    data: `openmoji`; a folder of images (`image_folder`); shards, "photos-{000..012}.tar" (`web_shards`); a folder of Hugging
-        Face datasets (`hub_images`); an .npz (`npz_images`). val: a validation set of one's own, of the same kinds. image,
-        label, caption: names of the columns of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
+    data: `emoji`, as five sets draw them, or `openmoji`, one of these; a folder of images (`image_folder`); shards,
+        "photos-{000..012}.tar" (`web_shards`); a folder of Hugging Face datasets (`hub_images`); an .npz (`npz_images`). val: a
+        validation set of one's own, of the same kinds. image, label, caption: names of the columns of Hugging Face datasets;
+        empty: the usual ones; "none": no label, no caption.
     """
 
     data: str = DRAWINGS
@@ -38,7 +41,7 @@ class DataSource:
 
     def absolute(self) -> DataSource:
         """The same for a program that runs in another folder."""
-        data, val = (place if place in ("", DRAWINGS) else os.path.abspath(place) for place in (self.data, self.val))
+        data, val = (place if place in ("", *COME_ALONG) else os.path.abspath(place) for place in (self.data, self.val))
         return replace(self, data=data, val=val)
 
 
@@ -67,14 +70,14 @@ def open_images(
         raise ValueError(f"DataSource.{wrong[0]}: expected a text, got {brief(getattr(source, wrong[0]))}")
     images = _open(source, source.data, larger or size, channels, whole, 0.0 if source.val else HELD_OUT)
     val = images.val
-    if source.val == DRAWINGS:
+    if source.val in COME_ALONG:
         val = _open(source, source.val, size, channels, False, HELD_OUT).val
     elif source.val:
         own = _open(source, source.val, size, channels, False, 0.0)
         val = _renumbered(own, images.classes, source)
         for reason, count in own.left_out.counts.items():
             images.left_out.add(reason, own.left_out.names[reason][0], count)
-    elif source.data == DRAWINGS:
+    elif source.data in COME_ALONG:
         val = _open(source, source.data, size, channels, False, HELD_OUT).val
     else:
         val = val.resized(size)
@@ -90,8 +93,8 @@ def open_images(
 def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool, held_out: float) -> SourceImages:
     columns = {name: getattr(source, name) for name in ("image", "label", "caption")}
     as_path(data, "images")
-    if data == DRAWINGS:
-        found = _drawings(size, channels, held_out)
+    if data in COME_ALONG:
+        found = _drawings(data, size, channels, held_out)
     elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
         from nextscale.data.hub import hub_images
 
@@ -121,21 +124,21 @@ def _as_source(found: Any) -> SourceImages:
     return SourceImages(found.train, found.val, found.classes, found.left_out, found.captions_from)
 
 
-def _drawings(size: Size, channels: int, held_out: float) -> SourceImages:
-    from nextscale.data.openmoji import openmoji
+def _drawings(name: str, size: Size, channels: int, held_out: float) -> SourceImages:
+    from nextscale.data.emoji import SETS, emoji
 
-    if Path(DRAWINGS).is_dir():
+    if Path(name).is_dir():
         warnings.warn(
-            f"{DRAWINGS} means the drawings that come along, not the folder of that name here; write ./{DRAWINGS} for it",
+            f"{name} means the drawings that come along, not the folder of that name here; write ./{name} for it",
             stacklevel=5,
         )
     height, width = (size, size) if isinstance(size, int) else size
     if height != width or channels != 3:
         raise ValueError(
-            f"openmoji is square and in colour, got a system of {height}x{width} pixels and {channels} channels; give --data"
+            f"{name} is square and in colour, got a system of {height}x{width} pixels and {channels} channels; give --data"
         )
-    found = openmoji(height, validation=held_out)
-    return SourceImages(found.train, found.val, found.classes, LeftOut(), "the drawings' names")
+    found = emoji(tuple(SETS) if name == EMOJI else (name,), height, validation=held_out)
+    return SourceImages(found.train, found.val, found.classes, found.left_out, "the drawings' names")
 
 
 def _renumbered(own: SourceImages, classes: tuple[str, ...], source: DataSource) -> Any:
