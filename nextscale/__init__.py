@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nextscale.sampling.edit import keep_tokens as keep_tokens
     from nextscale.sampling.edit import outpaint as outpaint
     from nextscale.sampling.guidance import Guidance as Guidance
+    from nextscale.sampling.guidance import apart as apart
     from nextscale.sampling.guidance import cfg as cfg
     from nextscale.sampling.guidance import cfg_ramp as cfg_ramp
     from nextscale.sampling.loop import finish as finish
@@ -86,7 +87,7 @@ _HOME = {
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
     "nextscale.output": ("psnr",),
-    "nextscale.sampling.guidance": ("Guidance", "cfg", "cfg_ramp"),
+    "nextscale.sampling.guidance": ("Guidance", "apart", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
     "nextscale.sampling.state": ("State",),
     "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),

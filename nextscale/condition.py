@@ -16,7 +16,7 @@ class Condition:
     tokens before the image. Any other name will do. A part of different lengths has a mask, bool [B, T], True = real.
 
     Every part can be replaced by its null on its own: that is what training drops and what guidance compares. A part and its
-    mask are one.
+    mask are one. Parts that belong together have names with a dot, `style.vec`: then `style` means them all.
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None, **parts: Tensor | None) -> None:
@@ -34,7 +34,7 @@ class Condition:
         return len(next(iter(self._parts.values())))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts
+        return name in self._parts or any(full.startswith(f"{name}.") for full in self._parts)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._parts:
@@ -90,13 +90,19 @@ class Condition:
         masks = {name: mask[rows] for name, mask in self.masks.items()}
         return Condition(masks, **{name: part[rows] for name, part in self._parts.items()})
 
+    def within(self, name: str) -> Condition:
+        """The parts that a name means, without it: of `style` the part `style.vec`, as `vec`."""
+        short = {full: full.removeprefix(f"{name}.") for full in self._meant(name)}
+        masks = {short[full]: mask for full, mask in self.masks.items() if full in short}
+        return Condition(masks, **{short[full]: self[full] for full in short})
+
     def mix(self, other: Condition, take: Mapping[str, Tensor]) -> Condition:
         """Take the rows of `other` where `take[part]` (bool [B]) is True; parts that are not named stay.
 
         Raises ValueError for a name that is no part, and for parts that do not fit each other.
         """
         parts, masks = {}, {}
-        for name, rows in take.items():
+        for name, rows in ((full, rows) for meant, rows in take.items() for full in self._meant(meant)):
             mine, theirs = self[name], other[name]
             if mine.shape != theirs.shape or (name in self.masks) != (name in other.masks):
                 raise ValueError(
@@ -114,6 +120,14 @@ class Condition:
         first = conditions[0]
         masks = {name: torch.cat([c.masks[name] for c in conditions]) for name in first.masks}
         return Condition(masks, **{name: torch.cat([c[name] for c in conditions]) for name in first._parts})
+
+    def _meant(self, name: str) -> list[str]:
+        """The parts that a name means: the one of that name, or those that begin with it and a dot."""
+        if name in self._parts:
+            return [name]
+        if found := [full for full in self._parts if full.startswith(f"{name}.")]:
+            return found
+        raise ValueError(f"this condition has no part {name!r}; it has {self._names()}")
 
     def _names(self) -> str:
         return ", ".join(self._parts)

@@ -87,7 +87,7 @@ class ClassReader:
         near = difflib.get_close_matches(_compared(name[:200]), single, n=3, cutoff=0.4)
         close = dict.fromkeys(self.classes[min(single[one])] for one in near) or self.classes[:3]
         raise ValueError(
-            f"unknown label {brief(name)}; did you mean {' or '.join(map(brief, close))}? "
+            f"unknown {self.field} {brief(name)}; did you mean {' or '.join(map(brief, close))}? "
             f"`nextscale info SYSTEM` lists all {len(self.classes)}"
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MOST_FAULTS = 3  # named in one message
+STYLE = "style"  # what a system is told its second class by
 
 
 class Settings(BaseModel):

@@ -31,6 +31,9 @@ class SystemSettings(Settings):
     sizes: Sides
     transformer: Settings
     sampling: Settings
+    styles: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field(
+        (), max_length=10_000, description="names of the styles that it is told, beside all else; default: none"
+    )
 
     @field_validator("sizes")
     @classmethod
@@ -42,9 +45,20 @@ class SystemSettings(Settings):
             raise ValueError(f"the scales must go from coarse to fine, got {brief(list(sizes))}")
         return sizes
 
+    @field_validator("styles")
+    @classmethod
+    def _different(cls, styles: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(styles)) != len(styles):
+            raise ValueError("the names of styles must differ from each other")
+        return styles
+
     def for_classes(self, classes: Sequence[str]) -> Self:
         """The settings of a system for data with these classes; one that is told no classes stays as it is."""
         return self
+
+    def for_styles(self, styles: Sequence[str]) -> Self:
+        """The settings of a system for data in these styles."""
+        return type(self).model_validate(self.model_dump() | {"styles": tuple(styles)})
 
     @property
     def schedule(self) -> Schedule:

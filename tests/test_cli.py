@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from nextscale import cli
 from nextscale.cli import about, draw
 from nextscale.cli.options import Picking
 from nextscale.extras import EXTRAS
+from nextscale.pixels import to_uint8
 from nextscale.progress import Bar
 from nextscale.recipes.generators import infinity, var
 
@@ -335,6 +337,51 @@ def pictures(monkeypatch):
         "nextscale.data.images.save_images", lambda tiles, path, **kw: saved.update({str(path): (tiles, kw)}) or path
     )
     return saved
+
+
+@pytest.fixture(scope="module")
+def styled(tmp_path_factory) -> Path:
+    config = small(num_classes=3, classes=("cat", "dog", "7"), styles=("ink", "oil"))
+    return ns.save(var.build(config), tmp_path_factory.mktemp("system") / "styled")
+
+
+def test_each_style_makes_a_row(nextscale, styled, pictures):
+    words = ["--labels", "cat,dog", "--style", "oil, any", "--count", 2, "--seed", 3, "--style-guidance", 2]
+    assert nextscale("sample", "--system", styled, *words).code == 0
+    tiles, how = pictures["grid.png"]
+    told = {"label": ["cat", "cat", "dog", "dog"] * 2, "style": ["oil"] * 4 + [None] * 4}
+    wanted = ns.sample(ns.load(styled), told, seed=3, guidance=ns.apart(2.5, {"style": 2}, ramp=True))
+    torch.testing.assert_close(tiles, wanted, atol=1e-4, rtol=0)
+    assert how["columns"] == 4 and how["labels"] == ["cat, oil"] * 2 + ["dog, oil"] * 2 + ["cat"] * 2 + ["dog"] * 2
+    assert "guidance 2.5 and 2 for the style" in how["title"]
+
+
+def test_the_demo_has_a_row_for_each_style(nextscale, styled, pictures):
+    assert nextscale("demo", "--system", styled).code == 0
+    how = pictures[str(Path("out/grid.png"))][1]
+    assert how["columns"] == 3 and how["labels"] == [f"{c}, {s}" for s in ("ink", "oil") for c in ("cat", "dog", "7")]
+    assert len(pictures[str(Path("out/scales.png"))][0]) == 4 * 3
+
+
+def test_edits_and_sets_take_a_style(nextscale, styled, pictures, tmp_path):
+    image, box = drawing(tmp_path / "i.png"), ["--box", "0,0,1,0.5"]
+    assert nextscale("inpaint", image, *box, "--system", styled, "--style", "ink,oil", "--count", 1).code == 0
+    assert pictures["inpainted.png"][1]["labels"][3::4] == ["no class, ink", "no class, oil"]
+    assert nextscale("sample-set", "--system", styled, "--style", "oil", "--each", 2, "--out", "s.npz").code == 0
+    told = {"label": ["cat", "dog", "7"] * 2, "style": "oil"}
+    wanted = to_uint8(ns.sample(ns.load(styled), told, seed=0)).permute(0, 2, 3, 1).numpy()
+    assert (np.abs(np.load("s.npz")["arr_0"].astype(int) - wanted) <= 1).all()  # blocks of 8, each on one thread
+    assert json.loads(Path("s.json").read_text())["beside"] == {"style": "oil"}
+
+
+def test_wrong_styles(refused, system, styled):
+    assert "told no style" in refused("sample", "--system", system, "--style", "oil")
+    assert "unknown style 'oli'; did you mean 'oil'" in refused("sample", "--system", styled, "--style", "oli")
+    assert "a set is of one style" in refused("sample-set", "--system", styled, "--style", "oil,ink", "--out", "s.npz")
+
+
+def test_info_names_the_styles(nextscale, styled):
+    assert "styles (2)" in (text := "\n".join(nextscale("info", styled).out)) and "ink, oil" in text
 
 
 @pytest.mark.parametrize("words", [FAST, INSIDE, [*FAST, *INSIDE], [*INSIDE, *FAST]], ids=["f", "i", "fi", "if"])

@@ -497,7 +497,15 @@ def test_a_published_file_of_another_size_is_recognised(tmp_path):
 
 
 def test_presets_say_the_reference_settings_in_our_words(files):
-    paper = {"guidance": 2.5, "ramp": True, "top_k": 900, "top_p": 0.96, "temperature": 1.0, "smooth": False}
+    paper = {
+        "guidance": 2.5,
+        "style_guidance": None,
+        "ramp": True,
+        "top_k": 900,
+        "top_p": 0.96,
+        "temperature": 1.0,
+        "smooth": False,
+    }
     assert var.SAMPLING["paper-256"].model_dump() == paper
     assert ns.load_official("var-tiny", files).sampling.model_dump() == paper
     schedule = ns.Schedule.squares(*var.SIZES_256)

@@ -14,9 +14,11 @@ from nextscale.model.transformer import Transformer
 from nextscale.readers import ClassReader, Given, TensorReader
 from nextscale.recipes.generators import infinity, var
 from nextscale.recipes.guidance.negative import with_negative
+from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.guidance import Guidance
 from nextscale.system import System
 from nextscale.training.config import GeneratorLoss
+from nextscale.training.finetune import with_classes
 from nextscale.training.objective import dropped
 
 CLASSES = ("cat", "dog", "horse")
@@ -291,3 +293,123 @@ def test_labels_styles_and_maps_train_a_system(tmp_path):
     filled = ns.inpaint(trained, torch.zeros(2, 3, 32, 32), box=(0, 0, 0.5, 0.5), labels={"label": "cat", "style": 0})
     assert filled.shape == (2, 3, 32, 32)
     assert isinstance(system.readers["map"]([None]), Given)
+
+
+# ---- a label or a text, and a style -----------------------------------------------------------------------------------
+
+
+def styled(recipe=var, **changes) -> System:
+    config = recipe.tiny(styles=STYLES, **({"num_classes": 3, "classes": CLASSES} if recipe is var else {}), **changes)
+    return recipe.build(config, seed=1)
+
+
+def test_a_styled_system_listens_to_both_and_to_each_alone():
+    for recipe, name in ((var, "label"), (infinity, "caption")):
+        system = styled(recipe)
+        assert list(system.readers) == [name, "style"]
+        said = {name: ["cat", "cat", "dog", None, None], "style": ["ink", "oil", "ink", "ink", None]}
+        images = ns.sample(system, said, seed=[0] * 5, guidance=ns.cfg(2))
+        assert len({image.numpy().tobytes() for image in images}) == 5
+        assert torch.equal(ns.sample(system, "cat", seed=0), ns.sample(system, {name: "cat", "style": None}, seed=0))
+
+
+def test_parts_of_a_name_are_dropped_together():
+    system = styled(infinity)
+    conditioner = system.model.conditioner
+    condition = system.condition({"caption": ["a cat", "a dog on a bench"], "style": ["ink", "oil"]})
+    null = conditioner.null(condition)
+    take = torch.tensor([True, False])
+    without = condition.mix(null, {"caption": take})
+    for part, value in without.parts().items():
+        wanted = null if part.startswith("caption.") else condition
+        assert torch.equal(value[0], wanted[part][0]) and torch.equal(value[1], condition[part][1])
+    assert condition.within("style").parts().keys() == {"start", "vec"}
+    assert condition.within("caption").context_mask.shape == condition.masks["caption.context"].shape
+    with pytest.raises(ValueError, match="no part 'capt'"):
+        condition.mix(null, {"capt": take})
+    settings = GeneratorLoss(drop_condition=0.0, drop_parts={"style": 1.0})
+    kept = dropped(condition, conditioner, settings, Draws(torch.Generator().manual_seed(0), 2, slice(None)))
+    assert torch.equal(kept["style.vec"], null["style.vec"]) and torch.equal(
+        kept["caption.vec"], condition["caption.vec"]
+    )
+
+
+def test_a_style_is_added_to_what_is_told_beside_it():
+    system = styled()
+    both = system.model.compose(system.condition({"label": "cat", "style": "ink"}))
+    label, style = (part.embedding.weight for part in system.model.conditioner.conditioners.values())
+    assert torch.equal(both.vec[0], label[0] + style[0]) and torch.equal(both.start[0, 0], both.vec[0])
+
+
+def test_guided_apart_with_one_weight_is_guided_together():
+    system = styled()
+    told = {"label": ["cat", None], "style": ["ink", "oil"]}
+    for ramp, together in ((False, ns.cfg(3)), (True, ns.cfg_ramp(3))):
+        apart = ns.apart(3, {"style": 3}, ramp=ramp)
+        one, other = (ns.sample(system, told, seed=0, guidance=g) for g in (together, apart))
+        assert torch.equal(one, other)
+    assert not torch.equal(one, ns.sample(system, told, seed=0, guidance=ns.apart(3, {"style": 1.5})))
+
+
+def test_guidance_apart_is_the_chain_that_it_says():
+    guidance, schedule = ns.apart(4, {"style": 2, "map": 5}), ns.Schedule.squares(1, 2)
+    assert guidance.drops == ((), ("map",), ("style", "map"), ("all",))
+    nothing, others, styled_too, whole = torch.randn(4, 1, 7).unbind(0)
+    got = guidance.combine(torch.cat([whole, styled_too, others, nothing]), (0, 1, 2, 3), schedule, 1)
+    wanted = nothing + 4 * (others - nothing) + 2 * (styled_too - others) + 5 * (whole - styled_too)
+    torch.testing.assert_close(got, wanted)
+    for wrong in ({}, {"style": float("nan")}):
+        with pytest.raises(ValueError, match=r"apart|guidance weight"):
+            ns.apart(3, wrong)
+
+
+def test_a_style_of_its_own_weight_is_a_default_of_the_system():
+    sampling = SamplingDefaults(guidance=3.0, style_guidance=2.0, top_k=0, top_p=0.0)
+    system = styled(sampling=sampling)
+    told, pick = {"label": "cat", "style": "oil"}, ns.top_k_top_p(0, 0.0)
+    wanted = ns.sample(system, told, seed=2, guidance=ns.apart(3, {"style": 2}, ramp=True), pick=pick)
+    assert torch.equal(ns.sample(system, told, seed=2), wanted)
+    assert "guidance 3 and 2 for the style" in sampling.words()
+
+
+def test_negative_prompts_leave_the_style_alone():
+    system = styled(infinity)
+    negative = with_negative(system, "dog").model.conditioner
+    said = system.told({"caption": ["cat"], "style": "ink"})
+    condition = negative({name: system.readers[name](values) for name, values in said.items()})
+    null, plain = negative.null(condition), system.model.conditioner
+    wanted = system.condition({"caption": ["dog"]})
+    assert torch.equal(null["style.vec"], plain.null(wanted)["style.vec"])
+    torch.testing.assert_close(null["caption.vec"], wanted["caption.vec"])
+
+
+def test_a_styled_system_is_saved_and_takes_further_classes(tmp_path):
+    system = styled()
+    again = ns.load(ns.save(system, tmp_path / "s"))
+    told = {"label": ["dog", "cat"], "style": ["ink", None]}
+    assert torch.equal(ns.sample(system, told, seed=1), ns.sample(again, told, seed=1))
+    grown = with_classes(system, ["cat", "cow"])
+    assert grown.classes == (*CLASSES, "cow") and list(grown.readers["style"].choices) == list(STYLES)
+    assert torch.equal(ns.sample(system, told, seed=1), ns.sample(grown, told, seed=1))
+
+
+def test_unknown_styles_are_refused():
+    with pytest.raises(ValueError, match="unknown style 'ikn'; did you mean 'ink'"):
+        ns.sample(styled(), {"label": "cat", "style": "ikn"})
+    with pytest.raises(ValueError, match="names of styles must differ"):
+        var.tiny(styles=("ink", "ink"))
+
+
+def test_training_tells_labels_and_styles(tmp_path):
+    system = styled()
+    said = [None if item["style"] is None else STYLES[item["style"]] for item in items()]
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = [item | {"image": image, "style": style} for item, style in zip(items(), said, strict=True)]
+    config = ns.TrainConfig(steps=2, batch_size=4, warmup=1, validate_every=2, save_every=2)
+    before = system.model.conditioner.conditioners["style"].embedding.weight.clone()
+    loss = GeneratorLoss(drop_parts={"label": 0.2, "style": 0.3})
+    ns.train_model(system, plain, config, out=tmp_path / "run", val=plain, loss=loss, views=1)
+    assert not torch.equal(before, system.model.conditioner.conditioners["style"].embedding.weight)
+    without = [{name: value for name, value in item.items() if name != "style"} for item in plain]
+    with pytest.raises(ValueError, match="do not say 'style'"):
+        ns.train_model(styled(), without, config, out=tmp_path / "other", loss=loss, views=1)

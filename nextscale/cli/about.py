@@ -157,8 +157,9 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
             if said in system.texts:
                 yield "told by", f"prompts ({type(reader).__name__}): nextscale sample --system {name} --prompt TEXT"
             elif count := len(reader.choices):
-                names = ", ".join(system.classes) or f"without names: 0 to {count - 1}"
-                yield f"classes ({count})", names
+                named = all(isinstance(name, str) for name in reader.choices)
+                names = ", ".join(map(str, reader.choices)) if named else f"without names: 0 to {count - 1}"
+                yield f"{'classes' if said == 'label' else said + 's'} ({count})", names
             else:
                 yield "told by", f"{said} ({type(reader).__name__})"
     yield from _files(folder)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 import nextscale as ns
-from nextscale.cli.draw import LABELS, PROMPT, Label, caption, generate, read_labels
+from nextscale.cli.draw import LABELS, PROMPT, STYLES, Label, caption, generate, read_labels, read_styles
 from nextscale.cli.options import Flat, Loading, Picking, at_least_one, check_device, check_images, check_pictures
 
 BoxText = Annotated[str, tyro.conf.arg(metavar="Y0,X0,Y1,X1", help_behavior_hint="(this or --mask)")]
@@ -26,6 +26,8 @@ class Inpainting:
     """names or numbers of classes with commas between, or none; a row of the picture for each"""
     prompt: Annotated[tuple[str, ...], PROMPT] = ()
     """descriptions in words instead of labels, for systems that read them; a row of the picture for each"""
+    style: Annotated[str, STYLES] = ""
+    """for systems that are told one: its name, or any; of several with commas between, each makes rows"""
     box: BoxText = ""
     """the part to generate: top, left, bottom, right as fractions of the image"""
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(this or --box)")] = None
@@ -116,10 +118,11 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     system.need_model()
     told = change.prompt or "".join(change.labels).strip()
     labels: list[Label] = read_labels(system, change.labels, change.prompt, name=loading.name) if told else [None]
+    wanted = [(label, style) for style in read_styles(system, change.style) for label in labels]
     options, how = picking.resolve(system)
-    check_images(len(labels) * (count + 3))
-    rows = [label for label in labels for _ in range(count)]
-    check_grid(change.out, len(rows) + 3 * len(labels), system.image_size, 3 + count)
+    check_images(len(wanted) * (count + 3))
+    rows, styles = zip(*[one for one in wanted for _ in range(count)], strict=True)
+    check_grid(change.out, len(rows) + 3 * len(wanted), system.image_size, 3 + count)
     source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
     if isinstance(where, Path):
         pixels = read_image_file(where, system.image_size, channels=4)
@@ -134,7 +137,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
         )
     tokens = ns.encode(system, source)
     kept = ns.keep_tokens(tokens, keep_masks(~marked, system.schedule))  # one row, for all images
-    results = generate(system, rows, picking.seed, options, edit=kept)[-1].images
+    results = generate(system, rows, picking.seed, options, styles=styles, edit=kept)[-1].images
 
     stride: Any = system.tokenizer.stride
     grey = marked.cpu()[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3)  # [1, 1, H, W]
@@ -142,8 +145,8 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     tiles = [tile for some in results.split(count) for tile in (first, some)]
     captions = [
         text
-        for label in labels
-        for text in ("source", "to generate", "reconstruction", *[caption(system, label)] * count)
+        for label, style in wanted
+        for text in ("source", "to generate", "reconstruction", *[caption(system, label, style)] * count)
     ]
     title = f"{loading.title(system)}, {change.image.name}, seed {picking.seed}, {how}"
     return save_images(torch.cat(tiles), change.out, columns=3 + count, labels=captions, title=title)

@@ -25,7 +25,7 @@ from nextscale.cli.options import (
     check_images,
     check_pictures,
 )
-from nextscale.settings import brief
+from nextscale.settings import STYLE, brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +45,15 @@ DEMO_LABELS = (
 PROMPT = tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")
 # Each word is a label or several with commas between; the option may be repeated.
 LABELS = tyro.conf.arg(metavar="NAME,NAME")
+STYLES = tyro.conf.arg(metavar="NAME,NAME", help_behavior_hint="(default: any)")
+ANY = "any"  # says nothing of the style
 Label = str | int | None  # the name or number of a class, or none
 
 
 def sample(
     labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(default: the first 8 classes)")] = (),
     prompt: Annotated[tuple[str, ...], PROMPT] = (),
+    style: Annotated[str, STYLES] = "",
     count: int = 8,
     preset: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
     out: Path = Path("grid.png"),
@@ -62,7 +65,7 @@ def sample(
     """Generate images of given labels, or of prompts, into one labelled picture.
 
     Try: nextscale sample --labels "animals-nature,food-drink" --seed 7 --scales scales.png
-    Or: nextscale sample --prompt "a red apple" "a smiling cat"
+    Or: nextscale sample --prompt "a red apple" "a smiling cat" --style noto,twemoji
 
     The same command draws the same picture; image i draws from seed + i. The last line is the picture's path.
 
@@ -70,6 +73,7 @@ def sample(
         labels: names or numbers of classes with commas between (a name with a comma in quotes, or as a word of its own), or
             none; `nextscale info SYSTEM` lists them
         prompt: descriptions in words instead of labels, for systems that read them
+        style: for systems that are told one: its name, or any; of several with commas between, each makes a row
         count: images for each label or prompt
         preset: sampling settings by name, which other options change; of VAR's: paper-256 and paper-512 (the published
             scores), demo, better (smooth, strong guidance), editing
@@ -87,17 +91,19 @@ def sample(
 
     loading = loading.told(prompt)
     system = loading.load()
-    said = read_labels(system, labels, prompt, name=loading.name)
-    check_images(len(said) * count, out)
-    rows = [label for label in said for _ in range(count)]
-    columns = columns or _columns(count, len(rows))
+    said, styles = read_labels(system, labels, prompt, name=loading.name), read_styles(system, style)
+    check_images(len(said) * count * len(styles), out)
+    rows = [label for _ in styles for label in said for _ in range(count)]
+    styled = [one for one in styles for _ in range(len(said) * count)]
+    columns = columns or (_columns(count, len(rows)) if len(styles) == 1 else len(said) * count)
     check_grid(out, len(rows), system.image_size, columns)
     if scales:
         check_grid(scales, len(rows) * len(system.schedule), system.image_size, len(system.schedule))
     options, how = picking.resolve(system, preset)
     singles = writes_singles(out)
-    frames = generate(system, rows, picking.seed, options, every_scale=scales is not None, as_bytes=singles)
-    captions = [caption(system, label) for label in rows]
+    every = scales is not None
+    frames = generate(system, rows, picking.seed, options, styles=styled, every_scale=every, as_bytes=singles)
+    captions = [caption(system, label, one) for label, one in zip(rows, styled, strict=True)]
     title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     if scales:
         print(_save_scales(frames, captions, scales, title))
@@ -114,7 +120,7 @@ def _columns(count: int, total: int) -> int:
 
 
 def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading()) -> None:
-    """Draw emoji of a dozen kinds, and some of them scale by scale.
+    """Draw emoji of a dozen kinds, a row for each style if there are some, and some of them scale by scale.
 
     Writes OUT/grid.png and OUT/scales.png. The last line is the path of the grid.
 
@@ -129,15 +135,22 @@ def demo(out: Path = Path("out"), loading: Annotated[Loading, Flat] = Loading())
     system, picking = loading.load(), Picking()
     known = set(DEMO_LABELS) <= set(system.classes)
     kinds = list(DEMO_LABELS) if known else read_labels(system, most=len(DEMO_LABELS))
-    labels: list[Label] = [label for label in kinds for _ in range(DEMO_COUNT)]
+    styles: list[str | None] = list(system.readers[STYLE].choices) if STYLE in system.readers else [None]  # type: ignore[arg-type]
+    count = DEMO_COUNT if len(styles) == 1 else 1
+    labels: list[Label] = [label for _ in styles for label in kinds for _ in range(count)]
+    styled = [one for one in styles for _ in range(len(kinds) * count)]
     options, how = picking.resolve(system)
-    frames = generate(system, labels, picking.seed, options, every_scale=True)
-    captions = [caption(system, label) for label in labels]
+    frames = generate(system, labels, picking.seed, options, styles=styled, every_scale=True)
+    captions = [caption(system, label, one) for label, one in zip(labels, styled, strict=True)]
     title = f"{loading.title(system)}, seed {picking.seed}, {how}"
-    some = slice(0, DEMO_COUNT * DEMO_SCALES, DEMO_COUNT)  # the first image of each label
+    some = slice(0, count * min(DEMO_SCALES, len(kinds)), count)  # the first image of each label
     firsts = [Frame(frame.name, frame.images[some]) for frame in frames]
     print(_save_scales(firsts, captions[some], scales, title))
-    print(save_images(frames[-1].images, grid, columns=2 * DEMO_COUNT, labels=captions, title=title))
+    print(
+        save_images(
+            frames[-1].images, grid, columns=2 * count if count > 1 else len(kinds), labels=captions, title=title
+        )
+    )
 
 
 def reconstruct(
@@ -250,11 +263,26 @@ def _label(system: System, word: str) -> Label:
     return int(word) if whole else word
 
 
-def caption(system: System, label: Label) -> str:
-    """What stands below an image of the label."""
+def caption(system: System, label: Label, style: str | None = None) -> str:
+    """What stands below an image of the label, in the style."""
     if isinstance(label, int):
-        return system.classes[label] if label < len(system.classes) else f"class {label}"
-    return "no class" if label is None else label
+        words = system.classes[label] if label < len(system.classes) else f"class {label}"
+    else:
+        words = "no class" if label is None else label
+    return words if style is None else f"{words}, {style}"
+
+
+def read_styles(system: System, text: str) -> list[str | None]:
+    """The styles in a word, with commas between; `any` and nothing are none. Raises ValueError for such as the system is not
+    told."""
+    if not text.strip():
+        return [None]
+    if STYLE not in system.readers:
+        raise ValueError("this system is told no style; leave out --style, or use emoji-64 or emoji-64-text")
+    names = [name.strip() for name in text.split(",")]
+    styles = [None if name.lower() == ANY else name for name in names]
+    system.readers[STYLE].check(styles)
+    return styles
 
 
 @dataclass(frozen=True)
@@ -271,13 +299,15 @@ def generate(
     seed: int,
     options: Mapping[str, Any],
     *,
+    styles: Sequence[str | None] = (),
     edit: Edit | None = None,
     every_scale: bool = False,
     as_bytes: bool = False,
 ) -> list[Frame]:
     """Images of `ns.sample` after each step, or after the last one alone, which are few at a time in the making.
 
-    `options`: guidance, pick, and perhaps a schedule. `as_bytes`: uint8 instead of floats, for very many.
+    `options`: guidance, pick, and perhaps a schedule. `styles`: one each, where the system is told one. `as_bytes`: uint8
+    instead of floats, for very many.
     """
     import torch
 
@@ -292,7 +322,10 @@ def generate(
     batches: list[list[Frame]] = []
     with Bar(total=len(schedule) * len(starts), desc="sampling", unit="scale") as bar:
         for first in starts:
-            some = labels[first : first + BATCH]
+            rows = slice(first, first + BATCH)
+            some: Any = labels[rows]
+            if STYLE in system.readers and styles:
+                some = {next(iter(system.readers)): some, STYLE: styles[rows]}
             state = ns.start(system, some, edit=edit, seed=seed + first, **options)
             frames = []
             while not stepper.done(system, state):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHIPPED = "emoji-64"
 SHIPPED_TEXT = "emoji-64-text"
+NUMBERS = ("guidance", "style_guidance", "top_k", "top_p", "temperature")  # of sampling settings
 MOST_IMAGES = 4096  # in one grid
 MOST_NUMBER = 1_000_000  # of anything that is counted
 MOST_SINGLES = 100_000  # written one by one
@@ -103,6 +104,8 @@ class Picking:
     """divides the logits; below 1 is sharper"""
     greedy: bool = False
     """always take the most likely token"""
+    style_guidance: Annotated[float | None, Own] = None
+    """weight of guidance for the style on its own, where there is one"""
     smooth: bool = False
     """mix tokens softly instead of drawing one (Gumbel softmax)"""
 
@@ -118,7 +121,7 @@ class Picking:
 
     def given(self) -> dict[str, Any]:
         """The numbers that the user named."""
-        numbers = {name: getattr(self, name) for name in ("guidance", "top_k", "top_p", "temperature")}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         return {name: number for name, number in numbers.items() if number is not None}
 
     def resolve(self, system: System, preset: str = "") -> tuple[dict[str, Any], str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from nextscale.cli.draw import read_labels
+from nextscale.cli.draw import read_labels, read_styles
 from nextscale.cli.options import (
     MOST_SINGLES,
     Flat,
@@ -20,7 +20,7 @@ from nextscale.cli.options import (
     check_device,
     check_writable,
 )
-from nextscale.settings import brief
+from nextscale.settings import STYLE, brief
 
 if TYPE_CHECKING:
     from nextscale.evaluation.sample_set import Rejection
@@ -35,6 +35,7 @@ def sample_set(
     each: int = 50,
     labels: Annotated[tuple[str, ...], LABELS] = (),
     prompts: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: none)")] = None,
+    style: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: any)")] = "",
     batch_size: int = 64,
     preset: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
     reject: Literal["none", "probe", "imagenet"] = "none",
@@ -60,6 +61,7 @@ def sample_set(
         each: images of each class or prompt; published FID has 50 of 1000 classes
         labels: names or numbers of classes with commas between
         prompts: file with a prompt in each line, for systems that read them
+        style: of all images, for systems that are told one
         batch_size: images at once on a GPU; a CPU makes 8, so that its bytes do not depend on this
         preset: sampling settings by name, which other options change; of VAR's: paper-256 and paper-512 (the published scores)
         reject: draw an image again that a classifier does not take for its class: probe, fitted to the images of --data; or
@@ -90,6 +92,9 @@ def sample_set(
         conditions: list[Any] = read_labels(system, labels, said, name=loading.name, most=MOST_SINGLES)
     except ValueError as error:
         raise ValueError(str(error).replace("--prompt", "--prompts FILE")) from None
+    styles = read_styles(system, style)
+    if len(styles) > 1:
+        raise ValueError(f"--style: a set is of one style, got {len(styles)}; draw a set of each")
     options, words = picking.resolve(system, preset)
     own: Any = system.sampling if not preset else None
     from nextscale.cli.options import own_settings, preset_of
@@ -100,6 +105,7 @@ def sample_set(
         conditions,
         each,
         out,
+        beside={STYLE: styles[0]} if styles[0] else None,
         seed=picking.seed,
         batch=batch_size,
         options=options,

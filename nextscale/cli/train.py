@@ -10,11 +10,12 @@ import tyro
 from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_seed, check_writable
 from nextscale.cli.parse import check_values, parse_one_of
-from nextscale.data.dataset import Relabelled
+from nextscale.data.dataset import Relabelled, Untold, says
 from nextscale.data.source import COME_ALONG, DRAWINGS, SourceImages, open_images
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
+from nextscale.settings import STYLE
 from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
 from nextscale.training.finetune import with_classes
@@ -200,11 +201,13 @@ def generator_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
                 system = with_classes(base, images.classes)
                 numbers = [system.classes.index(name) for name in images.classes]
                 items, held_out = Relabelled(items, numbers), Relabelled(held_out, numbers)
+            if STYLE in system.readers and not says(items, STYLE):
+                items, held_out = Untold(items, (STYLE,)), Untold(held_out, (STYLE,))
         else:
             changes: dict[str, Any] = {"transformer": transformer, "sampling": sampling}
             changes |= {"sizes": checked_sizes(base, sizes)} if sizes else {}
             config = type(base.config).model_validate(base.config.model_dump() | changes)
-            shape = config.for_classes(images.classes)
+            shape = config.for_classes(images.classes).for_styles(images.styles)
             system = built_to_train(lambda: module.build(shape, seed=train.seed), "model", train)
             system.tokenizer = base.tokenizer
         train_model(

@@ -61,25 +61,31 @@ class Relabelled(Dataset[dict[str, Any]]):
 
 
 class Untold(Dataset[dict[str, Any]]):
-    """Items of a data set whose classes are not a system's: their labels say nothing."""
+    """Items of a data set that say nothing in some fields: labels of other classes than a system's, for example."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, fields: Sequence[str]) -> None:
         self.data = data
+        self.nothing: dict[str, Any] = dict.fromkeys(fields) | {name + "s": (None,) for name in fields}
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.data[index] | {"label": None, "labels": (None,)}
+        return self.data[index] | self.nothing
 
     def said(self, index: int) -> dict[str, Any]:
         """An item without its image, where the data set can say it."""
-        return getattr(self.data, "said", self.data.__getitem__)(index) | {"label": None, "labels": (None,)}
+        return getattr(self.data, "said", self.data.__getitem__)(index) | self.nothing
 
     @property
     def stamps(self) -> list[str] | None:
         """Those of the data set."""
         return getattr(self.data, "stamps", None)
+
+
+def says(data: Any, name: str) -> bool:
+    """Whether the items of a data set say something under a name (they all have the keys of the first)."""
+    return len(data) > 0 and bool({name, name + "s"} & getattr(data, "said", data.__getitem__)(0).keys())
 
 
 class Pictures:

@@ -47,13 +47,15 @@ class DataSource:
 
 @dataclass(frozen=True, eq=False)
 class SourceImages:
-    """Images of a source: those for training, and those held out. `left_out`: what is not used of it, and why."""
+    """Images of a source: those for training, and those held out. `left_out`: what is not used of it, and why; `styles`: the
+    names of their styles, if they have several."""
 
     train: Any
     val: Any
     classes: tuple[str, ...]
     left_out: LeftOut = field(default_factory=LeftOut)
     captions_from: str = ""
+    styles: tuple[str, ...] = ()
 
 
 def open_images(
@@ -87,7 +89,7 @@ def open_images(
             "when to stop; give a validation set (--val)",
             stacklevel=2,
         )
-    return SourceImages(images.train, val, images.classes, images.left_out, images.captions_from)
+    return replace(images, val=val)
 
 
 def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool, held_out: float) -> SourceImages:
@@ -138,7 +140,8 @@ def _drawings(name: str, size: Size, channels: int, held_out: float) -> SourceIm
             f"{name} is square and in colour, got a system of {height}x{width} pixels and {channels} channels; give --data"
         )
     found = emoji(tuple(SETS) if name == EMOJI else (name,), height, validation=held_out)
-    return SourceImages(found.train, found.val, found.classes, found.left_out, "the drawings' names")
+    styles = found.styles if len(found.styles) > 1 else ()
+    return SourceImages(found.train, found.val, found.classes, found.left_out, "the drawings' names", styles)
 
 
 def _renumbered(own: SourceImages, classes: tuple[str, ...], source: DataSource) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import nextscale
-from nextscale.data.dataset import Untold, pictures
+from nextscale.data.dataset import Untold, pictures, says
 from nextscale.data.images import save_images
 from nextscale.encoded import Choices, EncodedImages, encode_images
 from nextscale.evaluation.image_sets import ArraySet, DataSet, ImageSet
@@ -51,7 +51,7 @@ from nextscale.output import at_size, psnr
 from nextscale.progress import Bar
 from nextscale.sampling.loop import sample
 from nextscale.schedule import Schedule
-from nextscale.settings import Settings, brief, whole_number
+from nextscale.settings import STYLE, Settings, brief, whole_number
 from nextscale.system import System, check_system
 
 BATCH = 64
@@ -149,7 +149,10 @@ def _check(system: System, data: Any, samples: int) -> None:
 
 
 def _said_alike(system: System, data: Any) -> Any:
-    """The data, whose labels say nothing where their classes are not the system's."""
+    """The data, whose labels say nothing where their classes are not the system's, and styles nothing where there are none."""
+    if STYLE in system.readers and not says(data.train, STYLE):
+        parts = {name: Untold(getattr(data, name), (STYLE,)) for name in ("train", "val")}
+        data = SimpleNamespace(**parts, classes=data.classes)
     if system.model is None or not system.classes or tuple(data.classes) == system.classes:
         return data
     warnings.warn(
@@ -158,7 +161,8 @@ def _said_alike(system: System, data: Any) -> Any:
         "of the null class, and samples show the system's own classes",
         stacklevel=5,
     )
-    return SimpleNamespace(train=Untold(data.train), val=Untold(data.val), classes=system.classes)
+    said_nothing = {name: Untold(getattr(data, name), ("label",)) for name in ("train", "val")}
+    return SimpleNamespace(**said_nothing, classes=system.classes)
 
 
 def _about(system: System, data: Any, samples: int, seed: int) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def sample_set(
     *,
     seed: int = 0,
     batch: int = 64,
+    beside: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     rejection: Rejection | None = None,
     about: Mapping[str, Any] | None = None,
@@ -95,6 +96,7 @@ def sample_set(
         conditions: class names or numbers, or prompts.
         out: a name that ends in .npz (`arr_0`, bytes [N, H, W, 3]), or a folder for PNG files; beside or in it a JSON file
             says how the set was made.
+        beside: what all images are told beside their condition, by name: `{"style": "noto"}`.
         options: `guidance`, `pick` of `ns.sample`; default: the system's own.
         batch: images at once on a GPU; a CPU makes 8, so that its bytes do not depend on this.
         about: what that file says further.
@@ -103,15 +105,16 @@ def sample_set(
     Raises ValueError if `out` holds, or was begun with, something else.
     """
     check_system(system)
-    system.check_told(list(conditions))
+    beside = dict(beside or {})
+    system.check_told({_primary(system): list(conditions), **beside})
     whole_number("each", each, 1, MOST)
     whole_number("batch", batch, 1, 2**20)
     whole_number("seed", seed, 0, 2**62)
     count = each * len(conditions)
     whole_number("images", count, 1, MOST)
     out = as_path(out, "an .npz or a folder to write")
-    task = _Task(system, list(conditions), seed, dict(options or {}), rejection)
-    note = _note(system, conditions, each, seed, rejection, about or {})
+    task = _Task(system, list(conditions), beside, seed, dict(options or {}), rejection)
+    note = _note(system, conditions, each, seed, rejection, ({"beside": beside} if beside else {}) | dict(about or {}))
     single = out.suffix.lower() != ".npz"
     folder = out if single else out.with_name(out.name + PARTS)
     if team.leads:
@@ -190,6 +193,7 @@ def _pool(workers: int, single: bool) -> Iterator[ThreadPoolExecutor]:
 class _Task:
     system: System
     conditions: list[Any]
+    beside: dict[str, Any]
     seed: int
     options: dict[str, Any]
     rejection: Rejection | None
@@ -219,8 +223,14 @@ class _Task:
     def _bytes(self, numbers: list[int], attempt: int) -> Tensor:
         """uint8 [b, 3, H, W] of images by their numbers, which may lie beyond the set."""
         seeds = [self.seed + number + attempt * ANOTHER_TRY for number in numbers]
-        drawn = sample(self.system, [self._told(number) for number in numbers], seed=seeds, **self.options)
+        told = {_primary(self.system): [self._told(number) for number in numbers], **self.beside}
+        drawn = sample(self.system, told, seed=seeds, **self.options)
         return to_uint8(on_white(drawn)).cpu()
+
+
+def _primary(system: System) -> str:
+    """What the conditions are told by."""
+    return next(iter(system.readers), "label")
 
 
 def _rows(images: Tensor) -> np.ndarray[Any, Any]:

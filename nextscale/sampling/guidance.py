@@ -8,7 +8,7 @@ branch has the whole condition, the others have parts of it replaced by their nu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,26 @@ def cfg_ramp(weight: float) -> Guidance:
         return 1 + t, -t
 
     return Guidance(weights)
+
+
+def apart(weight: float, parts: Mapping[str, float], *, ramp: bool = False) -> Guidance:
+    """Guidance with a weight of its own for some parts of the condition, and `weight` for all others; 1 = off.
+
+    It leads from nothing to all other parts, then to each named one in turn (as InstructPix2Pix, arXiv 2211.09800, Eq. 3):
+    `p(0) + w (p(others) - p(0)) + w_1 (p(others, 1) - p(others)) + ...`. With the same weight everywhere it is `cfg`; each name
+    costs one more branch. `ramp`: as `cfg_ramp`, all weights rise from 1 at the first scale.
+
+    apart(4, {"style": 2}) guides the label or text by 4, the style by 2.
+    """
+    names, chain = tuple(parts), [_weight(weight), *(_weight(own) for own in parts.values())]
+    if not names:
+        raise ValueError("apart: expected the weights of some parts, {'style': 2.0} for example, got none")
+
+    def weights(schedule: Schedule, k: int) -> tuple[float, ...]:
+        own = [1 + (w - 1) * schedule.progress(k) for w in chain] if ramp else chain
+        return (own[-1], *(a - b for a, b in zip(own[-2::-1], own[:0:-1], strict=True)), 1 - own[0])
+
+    return Guidance(weights, ((), *(names[i:] for i in range(len(names) - 1, -1, -1)), ("all",)))
 
 
 def _weight(number: Any) -> float:

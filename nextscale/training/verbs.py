@@ -143,10 +143,11 @@ def train_model(
             f"sharded training has the model alone, but {', '.join(parts)} train with it; leave --shard off"
         )
     loss.check(len(system.schedule))
-    told = system.condition(None).parts() if loss.drop_parts else ()
-    if unknown := set(loss.drop_parts) - set(told):
+    told = system.condition(None) if loss.drop_parts else None
+    if told and (unknown := [name for name in loss.drop_parts if name not in told]):
+        names = dict.fromkeys(name.partition(".")[0] for name in told.parts())
         raise ValueError(
-            f"loss.drop_parts names {brief(min(unknown))}; the parts of this condition are {', '.join(told)}"
+            f"loss.drop_parts names {brief(min(unknown))}; the parts of this condition are {', '.join(names)}"
         )
     _refuse_half(system.tokenizer, system.need_model(), *trained_parts(system).values())
     team, config = _join(config)

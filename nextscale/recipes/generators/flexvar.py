@@ -24,6 +24,7 @@ from nextscale.contracts import Pyramid
 from nextscale.draws import Draws
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
+from nextscale.model.joint_condition import style_readers, with_styles
 from nextscale.model.positions import ResizedPositions
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
@@ -186,7 +187,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         config.classes,
         sampling=config.sampling,
         objective=config.schedules,
-        readers={"label": ClassReader(config.classes, config.num_classes)},
+        readers={"label": ClassReader(config.classes, config.num_classes), **style_readers(config.styles)},
     )
 
 
@@ -196,7 +197,7 @@ def build_model(config: Config) -> Transformer:
     return Transformer(
         config.transformer,
         code_dim=config.pyramid.code_dim,
-        conditioner=ClassCondition(config.num_classes, dim),
+        **with_styles("label", ClassCondition(config.num_classes, dim), config.styles, dim),
         positions=ResizedPositions(dim, config.position_side, starts=config.schedule.lengths[0]),
         head=SoftmaxHead(dim, config.pyramid.codebook_size),
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nextscale.aspect import SIZES, SQUARE, Sizes
 from nextscale.model.bit_head import BitHead
+from nextscale.model.joint_condition import style_readers, with_styles
 from nextscale.model.rotary import Rotary, RotarySettings, ScalePositions
 from nextscale.model.text_condition import TextBlock, TextCondition
 from nextscale.model.text_encoders import TextEncoder, TextSettings
@@ -150,7 +151,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True, reader: TextEnco
         transformer,
         sampling=config.sampling,
         objective=config.objective,
-        readers={"caption": reader},
+        readers={"caption": reader, **style_readers(config.styles)},
         parts={"text_encoder": Part(reader, "external")} if isinstance(reader, nn.Module) else None,
     )
 
@@ -171,10 +172,11 @@ def build_model(config: Config) -> Transformer:
     """The transformer alone, with torch's own initial weights."""
     t = config.transformer
     rotary = Rotary(config.rotary, t.dim // t.num_heads, config.rotary_tables)
+    text = TextCondition(config.text.dim, t.dim, config.text.length, config.text.pool_heads, t.eps)
     return Transformer(
         t,
         code_dim=config.bits * config.fold**2,
-        conditioner=TextCondition(config.text.dim, t.dim, config.text.length, config.text.pool_heads, t.eps),
+        **with_styles("caption", text, config.styles, t.dim),
         positions=ScalePositions(config.most_scales, t.dim),
         head=BitHead(t.dim, config.bits * config.fold**2, config.bit_loss),
         block=partial(TextBlock, rotary=rotary, context_scale=config.context_scale, round_to=config.hidden_multiple),

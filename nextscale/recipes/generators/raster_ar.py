@@ -17,6 +17,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from nextscale.contracts import Corrupt, Encoded
+from nextscale.model.joint_condition import style_readers
 from nextscale.output import Images
 from nextscale.readers import ClassReader
 from nextscale.recipes.generators import var
@@ -165,7 +166,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         config.classes,
         sampling=config.sampling,
         objective=TeacherForcing(),
-        readers={"label": ClassReader(config.classes, config.num_classes)},
+        readers={"label": ClassReader(config.classes, config.num_classes), **style_readers(config.styles)},
         output=OneMap(tokenizer.channels, size=size),
     )
 

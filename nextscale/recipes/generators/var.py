@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nextscale.model.class_condition import ClassCondition
 from nextscale.model.head import SoftmaxHead
+from nextscale.model.joint_condition import style_readers, with_styles
 from nextscale.model.positions import LearnedPositions
 from nextscale.model.transformer import Transformer
 from nextscale.model.transformer_settings import TransformerSettings
@@ -100,7 +101,7 @@ def build(config: Config, seed: int = 0, *, model: bool = True) -> System:
         config.classes,
         sampling=config.sampling,
         objective=TeacherForcing(),
-        readers={"label": ClassReader(config.classes, config.num_classes)},
+        readers={"label": ClassReader(config.classes, config.num_classes), **style_readers(config.styles)},
     )
 
 
@@ -111,7 +112,7 @@ def build_model(config: Config, schedule: Schedule | None = None) -> Transformer
     return Transformer(
         config.transformer,
         code_dim=config.pyramid.code_dim,
-        conditioner=ClassCondition(config.num_classes, dim),
+        **with_styles("label", ClassCondition(config.num_classes, dim), config.styles, dim),
         positions=LearnedPositions(schedule or config.schedule, dim),
         head=SoftmaxHead(dim, config.pyramid.codebook_size),
     )
