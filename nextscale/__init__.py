@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nextscale.evaluation.report import evaluate as evaluate
     from nextscale.evaluation.sample_set import sample_set as sample_set
     from nextscale.evaluation.score import score as score
+    from nextscale.evaluation.tuning import tune as tune
     from nextscale.output import psnr as psnr
     from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
@@ -84,6 +85,7 @@ _HOME = {
     "nextscale.evaluation.reconstruction": ("evaluate_tokenizer",),
     "nextscale.evaluation.sample_set": ("sample_set",),
     "nextscale.evaluation.score": ("score",),
+    "nextscale.evaluation.tuning": ("tune",),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
     "nextscale.output": ("psnr",),

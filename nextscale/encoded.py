@@ -337,6 +337,18 @@ def said_by(item: Mapping[str, Any], field: str, shape: tuple[int, ...] | None) 
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def told_of(system: System, data: Any, rows: Sequence[int], which: int = 0) -> dict[str, list[Any]]:
+    """What is said of some images of a data set, by the names of a system's readers; of several labels or captions of an image
+    one, -1 for the last."""
+    say = getattr(data, "said", data.__getitem__)
+    items = [say(row) for row in rows]
+    found: dict[str, list[Any]] = {}
+    for name, reader in system.readers.items():
+        values = [said_by(item, reader.field, reader.shape) for item in items]
+        found[name] = values if reader.shape is not None else [several[which] for several in values]
+    return found
+
+
 def _collate(asked: Asked, content: str, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Content and flags of items, and `said`, by the readers' names."""
     batch = collate([{name: item[name] for name in (content, "mirror_ok") if name in item} for item in items])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nextscale as ns
-from nextscale.cli import about, bench, change, draw, run, sets
+from nextscale.cli import about, bench, change, draw, run, sets, tune
 from nextscale.cli.methods import explain, take_methods
 from nextscale.cli.options import SHIPPED
 from nextscale.cli.parse import parse
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": sets.score,
     "reference": sets.reference,
     "compare": sets.compare,
+    "tune": tune.tune,
     "bench": bench.bench,
     "convert": run.convert,
     "save": run.save,

@@ -41,6 +41,7 @@ from nextscale.evaluation.likelihood import (
 from nextscale.evaluation.neighbours import NEAR_COPY, QUANTILES, Nearest, base_groups, diversity, nearest, summary
 from nextscale.evaluation.networks import FeatureNetwork, Lite0Network
 from nextscale.evaluation.protocol import KEYS, SMALL, Split, findings, refuse, sheet, sheet_lines
+from nextscale.evaluation.recognition import recognition, recognition_lines
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.evaluation.sample_set import fingerprint_of
 from nextscale.evaluation.score import Distance, SetFeatures, described, paired_scores, set_scores
@@ -58,6 +59,7 @@ BATCH = 64
 MOST_ROWS = 16  # scales of a table
 SHOWN_SAMPLES = 96
 MOST_SAMPLES = 1_000_000
+RECOGNISED = 3  # times as many samples are drawn to be recognised
 SHOWN_PAIRS = 24  # half of them the closest, half of them typical
 TRAINING_QUERIES = 4096  # training images, evenly spaced, whose own neighbours are sought
 
@@ -116,6 +118,7 @@ def evaluate(
             bits = first["bits_per_dimension"]["mean"]
             report["scores"] |= {"bits_per_dimension": bits, "pixel_bits": bits + report["scores"]["residual_bits"]}
         report["samples"] = _samples(system, data, training, samples, seed, out, progress, sets, report)
+        report["recognition"] = recognition(system, data, RECOGNISED * samples, seed, progress)
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -515,6 +518,8 @@ def _markdown(report: dict[str, Any]) -> str:
     if "likelihood" in report:
         lines += _likelihood_lines(report["likelihood"], sizes)
         lines += _sample_lines(report["samples"])
+    if report.get("recognition"):
+        lines += recognition_lines(report["recognition"])
     return "\n".join(lines) + "\n"
 
 
