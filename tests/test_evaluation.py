@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,6 +214,28 @@ def test_report_is_consistent(made: tuple[dict, Path], system: System, data: Sim
     assert samples["diversity"]["samples"]["pairs"] == 45
     distances = nearest(data.val.images, data.train.images).distances
     assert samples["distance"]["validation"]["q0"] == pytest.approx(float(distances.min()))
+
+
+def test_report_of_a_system_with_styles(tmp_path: Path, data: SimpleNamespace) -> None:
+    """PSNR of each style, recognition, and samples in the styles of the training images."""
+    train, val = (drawings(24, seed, bases=24) for seed in (0, 1))
+    for part in (train, val):
+        part.rows = [replace(row, set=("noto", "twemoji")[i % 2]) for i, row in enumerate(part.rows)]
+    styled = var.build(small(sizes=SIZES, num_classes=3, classes=CLASSES, styles=("noto", "twemoji")))
+    found = evaluate(
+        styled, SimpleNamespace(train=train, val=val, classes=CLASSES), tmp_path, samples=4, progress=False
+    )
+    assert list(found["styles"]) == ["noto", "twemoji"] and len(found["styles"]["noto"]) == len(SIZES)
+    mean = sum(values[-1] for values in found["styles"].values()) / 2
+    assert found["tokenizer"][-1]["psnr"] == pytest.approx(mean, rel=1e-5)
+    assert "| size | noto | twemoji |" in (text := (tmp_path / "report.md").read_text()) and "PSNR in dB" in text
+    assert "recognition" not in found  # one subgroup
+    # Data that tell no style are judged all the same.
+    plain = [{k: v for k, v in data.train[i].items() if k != "style"} for i in range(len(data.train))]
+    untold = evaluate(
+        styled, SimpleNamespace(train=plain, val=plain, classes=CLASSES), tmp_path / "u", samples=2, progress=False
+    )
+    assert "styles" not in untold
 
 
 def test_report_names_copies(

@@ -70,8 +70,9 @@ class Source:
     """The images."""
 
     data: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: openmoji)")] = ""
-    """openmoji; emoji, the same as five sets draw them; a folder with one folder of images a class, or with train/ and val/;
-    shards like "photos-{000..012}.tar"; a folder of Hugging Face datasets; an .npz of images (arr_0)"""
+    """openmoji; emoji, the same as five sets draw them, or noto, twemoji, fluent, emojione, one of these; a folder with one
+    folder of images a class, or with train/ and val/; shards like "photos-{000..012}.tar"; a folder of Hugging Face
+    datasets; an .npz of images (arr_0)"""
     val: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a tenth of the images)")] = ""
     """a validation set of one's own, which may be all that --data may be"""
     image_column: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: image)")] = ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.data.dataset import Relabelled
+from nextscale.data.emoji import SETS, emoji
 from nextscale.data.images import Size
 from nextscale.data.left_out import LeftOut
 from nextscale.files import as_path, atomic_write, brief_path, read_json
@@ -18,7 +19,7 @@ from nextscale.settings import brief
 
 DRAWINGS = "openmoji"
 EMOJI = "emoji"  # as five sets draw them
-COME_ALONG = (DRAWINGS, EMOJI)
+COME_ALONG = (EMOJI, *SETS)
 HELD_OUT = 0.1  # share of the images, where the data have no validation set of their own
 REMEMBERED = "data.json"  # in the folder of a run
 
@@ -27,10 +28,10 @@ REMEMBERED = "data.json"  # in the folder of a run
 class DataSource:
     """What to train on, or to judge on.
 
-    data: `emoji`, as five sets draw them, or `openmoji`, one of these; a folder of images (`image_folder`); shards,
-        "photos-{000..012}.tar" (`web_shards`); a folder of Hugging Face datasets (`hub_images`); an .npz (`npz_images`). val: a
-        validation set of one's own, of the same kinds. image, label, caption: names of the columns of Hugging Face datasets;
-        empty: the usual ones; "none": no label, no caption.
+    data: `emoji`, as five sets draw them, or `openmoji`, `noto` and so on, one of these; a folder of images
+        (`image_folder`); shards, "photos-{000..012}.tar" (`web_shards`); a folder of Hugging Face datasets (`hub_images`); an
+        .npz (`npz_images`). val: a validation set of one's own, of the same kinds. image, label, caption: names of the columns
+        of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
     """
 
     data: str = DRAWINGS
@@ -127,8 +128,6 @@ def _as_source(found: Any) -> SourceImages:
 
 
 def _drawings(name: str, size: Size, channels: int, held_out: float) -> SourceImages:
-    from nextscale.data.emoji import SETS, emoji
-
     if Path(name).is_dir():
         warnings.warn(
             f"{name} means the drawings that come along, not the folder of that name here; write ./{name} for it",

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import nextscale
 from nextscale.data.dataset import Untold, pictures, says
 from nextscale.data.images import save_images
-from nextscale.encoded import Choices, EncodedImages, encode_images
+from nextscale.encoded import Choices, EncodedImages, encode_images, said_by
 from nextscale.evaluation.image_sets import ArraySet, DataSet, ImageSet
 from nextscale.evaluation.likelihood import (
     condition_gain,
@@ -100,6 +100,8 @@ def evaluate(
     network = network or Lite0Network(str(system.device))
     report["scores"] = {}
     report["tokenizer"] = _tokenizer(system, data, report["scores"])
+    if styles := _by_style(system, data.val):
+        report["styles"] = styles
     sets = _Sets(data, network, progress)
     made = {"system": system.recipe, "fingerprint": fingerprint_of(system)}
     rebuilt = ArraySet(reconstructions(system, data.val), "reconstructions", {"made": made})
@@ -118,7 +120,8 @@ def evaluate(
             bits = first["bits_per_dimension"]["mean"]
             report["scores"] |= {"bits_per_dimension": bits, "pixel_bits": bits + report["scores"]["residual_bits"]}
         report["samples"] = _samples(system, data, training, samples, seed, out, progress, sets, report)
-        report["recognition"] = recognition(system, data, RECOGNISED * samples, seed, progress)
+        if recognised := recognition(system, data, RECOGNISED * samples, seed, progress):
+            report["recognition"] = recognised
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
     with atomic_write(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -233,6 +236,20 @@ def _tokenizer(system: System, data: Any, overall: dict[str, float]) -> list[dic
     if found.overall is not None:
         overall |= {"used_overall": found.overall.used_overall, "perplexity_overall": found.overall.perplexity_overall}
     return rows
+
+
+def _by_style(system: System, val: Any) -> dict[str, list[float]]:
+    """The mean PSNR after each scale of images in each style, where there are several."""
+    styles = [said_by(getattr(val, "said", val.__getitem__)(i), STYLE, None)[0] for i in range(len(val))]
+    rows = {style: [i for i, other in enumerate(styles) if other == style] for style in dict.fromkeys(styles)}
+    if len(rows) < 2:
+        return {}
+    shown = _shown(system.schedule)
+    parts = {str(style): Subset(val, some) for style, some in rows.items()}
+    return {
+        style: evaluate_tokenizer(system.tokenizer, part, system.schedule, system.device, BATCH, decoded=shown).psnr
+        for style, part in parts.items()
+    }
 
 
 def _shown(schedule: Schedule) -> list[int]:
@@ -507,6 +524,7 @@ def _markdown(report: dict[str, Any]) -> str:
             ],
         ),
         "",
+        *_style_lines(report),
         "![reconstructions](reconstructions.png)",
         "",
         "## Scores",
@@ -518,7 +536,7 @@ def _markdown(report: dict[str, Any]) -> str:
     if "likelihood" in report:
         lines += _likelihood_lines(report["likelihood"], sizes)
         lines += _sample_lines(report["samples"])
-    if report.get("recognition"):
+    if "recognition" in report:
         lines += recognition_lines(report["recognition"])
     return "\n".join(lines) + "\n"
 
@@ -541,6 +559,17 @@ def _score_words(report: dict[str, Any]) -> list[str]:
         if name in report:
             lines += ["", *sheet_lines(report[name])]
     return lines
+
+
+def _style_lines(report: dict[str, Any]) -> list[str]:
+    """PSNR by style, if there are several."""
+    if not (styles := report.get("styles")):
+        return []
+    rows = [
+        [_side(row["size"]), *(f"{values[i]:.2f}" for values in styles.values())]
+        for i, row in enumerate(report["tokenizer"])
+    ]
+    return ["PSNR in dB of the validation images in each style:", "", *table(["size", *styles], rows), ""]
 
 
 def _code_cells(row: dict[str, Any]) -> list[Any]:
