@@ -19,6 +19,7 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.cli import about, draw
 from nextscale.cli.options import Picking
+from nextscale.data.emoji import SETS
 from nextscale.extras import EXTRAS
 from nextscale.pixels import to_uint8
 from nextscale.progress import Bar
@@ -570,6 +571,38 @@ def test_train_then_train_on_it(nextscale, tmp_path):
         in nextscale("train", "generator", "--out", "m", "--tokenizer", "t", "--lora", 2).err[-1]
     )
     assert nextscale("curves", "t", "g").code == 0
+
+
+def test_train_on_emoji_of_five_sets(nextscale, tmp_path):
+    """Data in several styles make a system that is told one."""
+    common = [
+        "--data",
+        "emoji",
+        "--oversample",
+        1,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--warmup",
+        1,
+        "--validate-every",
+        2,
+    ]
+    shape = ["--preset", "tiny", "--system.sizes", 1, 2, "--system.autoencoder.multipliers", 1, 1]  # 16 pixels
+    assert nextscale("train", "tokenizer", "--out", "t", *common, *shape).code == 0
+    words = ["--views", 1, "--loss.drop-parts", "label", 0.2, "style", 0.3]
+    result = nextscale("train", "generator", "--tokenizer", "t", "--out", "g", "--preset", "tiny", *common, *words)
+    assert result.code == 0, result.err
+    system = ns.load("g")
+    assert system.config.styles == tuple(system.readers["style"].choices) == tuple(SETS)
+    assert nextscale("sample", "--system", "g", "--labels", "cat-face", "--style", "noto,any", "--count", 1).code == 0
+    photos = ["--data", "photos", "--steps", 1, "--batch-size", 2, "--warmup", 1, "--views", 1]
+    for i in range(4):
+        Path("photos/a").mkdir(parents=True, exist_ok=True)
+        drawing(Path(f"photos/a/{i}.png"))
+    assert nextscale("train", "generator", "--init-from", "g", "--out", "more", *photos).code == 0  # without styles
+    assert ns.load("more").config.styles == tuple(SETS)
 
 
 def test_a_tokenizer_goes_on_from_a_changed_system(nextscale, tmp_path):
