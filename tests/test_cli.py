@@ -573,6 +573,31 @@ def test_train_then_train_on_it(nextscale, tmp_path):
     assert nextscale("curves", "t", "g").code == 0
 
 
+def test_an_autoencoder_gets_another_quantizer(nextscale, refused, tmp_path):
+    """Other scales, or the bits of another recipe, around a trained encoder and decoder."""
+    drawing(tmp_path / "a.png")
+    around = ["--system.autoencoder.around", 0, "--system.autoencoder.no-attention"]
+    common = ["--data", tmp_path, "--val", tmp_path, "--steps", 1, "--batch-size", 1, "--warmup", 0, "--preset", "tiny"]
+    assert nextscale("train", "tokenizer", "--out", "t", *common, *around, "--augmentation.crop", 1).code == 0
+    trained = ns.load("t").tokenizer
+    words = ["--autoencoder-from", "t", "--lr", 1e-12, "--augmentation.crop", 1]
+    for recipe, more in (("var", around), ("infinity", [])):
+        out = ["--recipe", recipe, "--out", recipe, "--system.sizes", 1, 2, 4]
+        result = nextscale("train", "tokenizer", *out, *words, *common, *more)
+        assert result.code == 0, result.err
+        system = ns.load(recipe)
+        assert str(system.schedule) == "1 2 4" and system.recipe == recipe
+        for part in ("encoder", "decoder"):
+            theirs = getattr(trained, part).state_dict()
+            for name, weight in getattr(system.tokenizer, part).state_dict().items():
+                torch.testing.assert_close(weight, theirs[name], atol=1e-6, rtol=0)
+    other = ["--system.autoencoder.width", 32, *around]
+    assert "the encoder of t has another shape" in refused("train", "tokenizer", "--out", "o", *words, *common, *other)
+    assert "leave out --autoencoder-from" in refused(
+        "train", "tokenizer", "--out", "o", *words, *common, "--init-from", "t"
+    )
+
+
 def test_train_on_emoji_of_five_sets(nextscale, tmp_path):
     """Data in several styles make a system that is told one."""
     common = [

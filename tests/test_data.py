@@ -258,6 +258,17 @@ def test_some_sets_alone_and_in_any_order(cache):
             emoji.emoji(wrong, 16, cache=cache)
 
 
+def test_a_set_that_is_named_twice_is_there_twice_in_training(cache):
+    once, twice = (emoji.emoji(sets, 16, cache=cache) for sets in (["openmoji", "noto"], ["openmoji", "noto", "noto"]))
+    count = sum(row.set == "noto" for row in once.train.rows)
+    assert len(twice.train) == len(once.train) + count and len(twice.val) == len(once.val)
+    assert twice.train.images.shape[0] == len(twice.train.rows) and twice.styles == once.styles
+    pairs = [
+        (row.key, image.tobytes()) for row, image in zip(twice.train.rows, twice.train.images.numpy(), strict=True)
+    ]
+    assert len(set(pairs)) == len(once.train)
+
+
 def test_a_damaged_cache_of_one_set_is_mended(tmp_path, five, cache):
     for path in cache.glob("*.safetensors"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -12,7 +12,7 @@ from nextscale.checkpoint import recipe_of
 from nextscale.cli.options import SHIPPED, Flat, Source, check_device, check_seed, check_writable
 from nextscale.cli.parse import check_values, parse
 from nextscale.cli.train import RECIPE, OutFolder, about, check_numbers, load_data, trained
-from nextscale.data.source import COME_ALONG, DRAWINGS
+from nextscale.data.source import DRAWINGS, drawn_sets
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.extras import need
 from nextscale.processes import Team
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe = find_recipe(recipe_of(named.tokenizer) if named.tokenizer else RECIPE)
     presets = getattr(recipe, "PRESETS", {})
     defaults = next(iter(presets.values()))() if presets else recipe.Config()
-    parse(command(defaults, (named.data or DRAWINGS) in COME_ALONG), arguments, "nextscale scaling")()
+    parse(command(defaults, bool(drawn_sets(named.data or DRAWINGS))), arguments, "nextscale scaling")()
 
 
 def command(defaults: Any, drawings: bool) -> Callable[..., None]:

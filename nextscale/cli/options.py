@@ -70,7 +70,7 @@ class Source:
     """The images."""
 
     data: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: openmoji)")] = ""
-    """openmoji; emoji, the same as five sets draw them, or noto, twemoji, fluent, emojione, one of these; a folder with one
+    """openmoji; emoji, the same as five sets draw them, or some of openmoji+noto+twemoji+fluent+emojione; a folder with one
     folder of images a class, or with train/ and val/; shards like "photos-{000..012}.tar"; a folder of Hugging Face
     datasets; an .npz of images (arr_0)"""
     val: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a tenth of the images)")] = ""

@@ -11,14 +11,14 @@ from nextscale.checkpoint import load, recipe_of
 from nextscale.cli.options import Flat, Source, at_least_one, check_device, check_seed, check_writable
 from nextscale.cli.parse import check_values, parse_one_of
 from nextscale.data.dataset import Relabelled, Untold, says
-from nextscale.data.source import COME_ALONG, DRAWINGS, SourceImages, open_images
+from nextscale.data.source import DRAWINGS, SourceImages, drawn_sets, open_images
 from nextscale.data.transforms import PHOTOS, AugmentSettings
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.schedule import Schedule
 from nextscale.settings import STYLE
 from nextscale.system import System, find_recipe
 from nextscale.training.config import LOSSES, GeneratorLoss, TokenizerLoss, TrainConfig
-from nextscale.training.finetune import with_classes
+from nextscale.training.finetune import take_autoencoder, with_classes
 from nextscale.training.memory import built_to_train, keep_freed_memory
 from nextscale.training.verbs import check_packages, train_model, train_tokenizer
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
             f"unknown --preset {name!r} of the recipe {named.recipe or RECIPE}; there are {', '.join(presets)}"
         )
     preset: Any = presets[name]()
-    drawings = (named.data or DRAWINGS) in COME_ALONG
+    drawings = bool(drawn_sets(named.data or DRAWINGS))
     commands = {
         "tokenizer": tokenizer_command(recipe, name, preset, drawings),
         "generator": generator_command(recipe, name, preset, drawings),
@@ -69,6 +69,7 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
         out: OutFolder = None,
         source: Annotated[Source, Flat] = Source(),
         init_from: str = "",
+        autoencoder_from: str = "",
         losses: str = "",
         recipe: str = RECIPE,
         preset: str = name,
@@ -90,6 +91,8 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             source: the images
             init_from: a trained tokenizer to go on from, the folder of its run or a system; its shape stays, and its codes are
                 in use from the first step
+            autoencoder_from: a trained tokenizer of any recipe whose encoder and decoder are taken, around a quantizer that
+                begins anew: for other scales or codes
             losses: those of a published trainer, which replace all of --loss but its files: vaex, llamagen or bitvae
             recipe: the method, by the name of its file in nextscale/recipes
             preset: where the system's settings start; default: the first of the recipe
@@ -107,12 +110,17 @@ def tokenizer_command(module: Any, name: str, defaults: Any, drawings: bool) -> 
             files = ("lpips_vgg", "lpips_linear", "dino_weights")
             loss = LOSSES[losses].model_copy(update={name: getattr(loss, name) for name in files})
         check_packages(train, loss)
+        if init_from and autoencoder_from:
+            raise ValueError("--init-from has an autoencoder of its own; leave out --autoencoder-from, or --init-from")
         if init_from:
             built = trained(init_from, recipe).base  # methods change the generator
             built.model = None
             loss = loss.model_copy(update={"quantize_start": 0.0, "init_codes": False})
         else:
             built = built_to_train(lambda: module.build(system, seed=train.seed, model=False), "tokenizer", train)
+        if autoencoder_from:
+            take_autoencoder(built.tokenizer, load(autoencoder_from).tokenizer, autoencoder_from)
+            loss = loss.model_copy(update={"quantize_start": 0.0})
         images = load_data(source, built, oversample, augmentation)
         train_tokenizer(
             built,

@@ -12,6 +12,7 @@ what belongs together, once, for every size.
 import gzip
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -191,10 +192,10 @@ def emoji(
 ) -> Emoji:
     """Render (once) and load emoji as some sets draw them, `size` x `size` pixels on white.
 
-    `sets`: names of `SETS`. `cache`: folder for the rendered images, default `nextscale.files.cache_dir()`. `validation`:
-    share of *base* drawings held out, in [0, 1), in all sets alike; which ones depends on the table alone; a smaller share
-    is a subset of a larger one. Raises ValueError for an unknown set, a bad size or share, ModuleNotFoundError if the extra
-    `data` is not installed.
+    `sets`: names of `SETS`; the drawings of one that is named twice are in the training data twice. `cache`: folder for the
+    rendered images, default `nextscale.files.cache_dir()`. `validation`: share of *base* drawings held out, in [0, 1), in all
+    sets alike; which ones depends on the table alone; a smaller share is a subset of a larger one. Raises ValueError for an
+    unknown set, a bad size or share, ModuleNotFoundError if the extra `data` is not installed.
     """
     size = whole_number("size", size, 1, 2048, " pixels")
     check_share(validation)
@@ -215,7 +216,13 @@ def emoji(
     # Pairs that look the same are named by one of both.
     same = {key for row in rows if row.key in held_out for key in row.near.split()}
     same |= {row.key for row in rows if not held_out.isdisjoint(row.near.split())}
-    train = [i for i, row in enumerate(rows) if row.key not in held_out and row.key not in same]
+    times = Counter(sets)
+    train = [
+        i
+        for i, row in enumerate(rows)
+        if row.key not in held_out and row.key not in same
+        for _ in range(times[row.set])
+    ]
     val = [i for i, row in enumerate(rows) if row.key in held_out]
     drawings = images[0] if len(images) == 1 else torch.cat(images)
     classes = class_names(known)

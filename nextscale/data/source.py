@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from nextscale.settings import brief
 
 DRAWINGS = "openmoji"
 EMOJI = "emoji"  # as five sets draw them
-COME_ALONG = (EMOJI, *SETS)
 HELD_OUT = 0.1  # share of the images, where the data have no validation set of their own
 REMEMBERED = "data.json"  # in the folder of a run
 
@@ -28,10 +28,10 @@ REMEMBERED = "data.json"  # in the folder of a run
 class DataSource:
     """What to train on, or to judge on.
 
-    data: `emoji`, as five sets draw them, or `openmoji`, `noto` and so on, one of these; a folder of images
-        (`image_folder`); shards, "photos-{000..012}.tar" (`web_shards`); a folder of Hugging Face datasets (`hub_images`); an
-        .npz (`npz_images`). val: a validation set of one's own, of the same kinds. image, label, caption: names of the columns
-        of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
+    data: `emoji`, as five sets draw them, or some of these, `openmoji+noto`, for training as often as they are named; a
+        folder of images (`image_folder`); shards, "photos-{000..012}.tar" (`web_shards`); a folder of Hugging Face datasets
+        (`hub_images`); an .npz (`npz_images`). val: a validation set of one's own, of the same kinds. image, label, caption:
+        names of the columns of Hugging Face datasets; empty: the usual ones; "none": no label, no caption.
     """
 
     data: str = DRAWINGS
@@ -42,7 +42,9 @@ class DataSource:
 
     def absolute(self) -> DataSource:
         """The same for a program that runs in another folder."""
-        data, val = (place if place in ("", *COME_ALONG) else os.path.abspath(place) for place in (self.data, self.val))
+        data, val = (
+            place if not place or drawn_sets(place) else os.path.abspath(place) for place in (self.data, self.val)
+        )
         return replace(self, data=data, val=val)
 
 
@@ -59,6 +61,12 @@ class SourceImages:
     styles: tuple[str, ...] = ()
 
 
+def drawn_sets(data: str) -> tuple[str, ...]:
+    """The sets of emoji that a source names, as often as it names them; none for other data."""
+    sets = tuple(SETS) if data == EMOJI else tuple(data.split("+"))
+    return sets if all(name in SETS for name in sets) else ()
+
+
 def open_images(
     source: DataSource, size: Size, *, larger: Size | None = None, channels: int = 3, whole: bool = False
 ) -> SourceImages:
@@ -73,14 +81,14 @@ def open_images(
         raise ValueError(f"DataSource.{wrong[0]}: expected a text, got {brief(getattr(source, wrong[0]))}")
     images = _open(source, source.data, larger or size, channels, whole, 0.0 if source.val else HELD_OUT)
     val = images.val
-    if source.val in COME_ALONG:
+    if drawn_sets(source.val):
         val = _open(source, source.val, size, channels, False, HELD_OUT).val
     elif source.val:
         own = _open(source, source.val, size, channels, False, 0.0)
         val = _renumbered(own, images.classes, source)
         for reason, count in own.left_out.counts.items():
             images.left_out.add(reason, own.left_out.names[reason][0], count)
-    elif source.data in COME_ALONG:
+    elif drawn_sets(source.data):
         val = _open(source, source.data, size, channels, False, HELD_OUT).val
     else:
         val = val.resized(size)
@@ -96,8 +104,8 @@ def open_images(
 def _open(source: DataSource, data: str, size: Size, channels: int, whole: bool, held_out: float) -> SourceImages:
     columns = {name: getattr(source, name) for name in ("image", "label", "caption")}
     as_path(data, "images")
-    if data in COME_ALONG:
-        found = _drawings(data, size, channels, held_out)
+    if sets := drawn_sets(data):
+        found = _drawings(data, sets, size, channels, held_out)
     elif (Path(data) / "dataset_info.json").is_file() or (Path(data) / "dataset_dict.json").is_file():
         from nextscale.data.hub import hub_images
 
@@ -127,7 +135,7 @@ def _as_source(found: Any) -> SourceImages:
     return SourceImages(found.train, found.val, found.classes, found.left_out, found.captions_from)
 
 
-def _drawings(name: str, size: Size, channels: int, held_out: float) -> SourceImages:
+def _drawings(name: str, sets: Sequence[str], size: Size, channels: int, held_out: float) -> SourceImages:
     if Path(name).is_dir():
         warnings.warn(
             f"{name} means the drawings that come along, not the folder of that name here; write ./{name} for it",
@@ -138,7 +146,7 @@ def _drawings(name: str, size: Size, channels: int, held_out: float) -> SourceIm
         raise ValueError(
             f"{name} is square and in colour, got a system of {height}x{width} pixels and {channels} channels; give --data"
         )
-    found = emoji(tuple(SETS) if name == EMOJI else (name,), height, validation=held_out)
+    found = emoji(sets, height, validation=held_out)
     styles = found.styles if len(found.styles) > 1 else ()
     return SourceImages(found.train, found.val, found.classes, found.left_out, "the drawings' names", styles)
 

@@ -43,6 +43,20 @@ def with_classes(system: System, classes: Sequence[str], recipes: Mapping[str, A
     return new
 
 
+def take_autoencoder(tokenizer: Any, other: Any, name: str = "the other tokenizer") -> None:
+    """Copy the encoder and the decoder of a trained tokenizer into one of another quantizer, with the convolutions around it
+    where both have such. Raises ValueError if their shapes differ."""
+    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        mine, theirs = getattr(tokenizer, part, nn.Identity()), getattr(other, part, nn.Identity())
+        shapes = [{key: tuple(value.shape) for key, value in one.state_dict().items()} for one in (mine, theirs)]
+        if shapes[0] != shapes[1] and (part in ("encoder", "decoder") or all(shapes)):
+            raise ValueError(
+                f"the {part.replace('_', ' ')} of {name} has another shape; give this tokenizer its settings of the autoencoder"
+            )
+        if shapes[0] == shapes[1]:
+            mine.load_state_dict(theirs.state_dict())
+
+
 def _move_like(module: nn.Module, other: nn.Module) -> None:
     """Give each tensor of a module the device and the dtype that the one of this name has in another."""
     places = dict(itertools.chain(other.named_parameters(), other.named_buffers()))
