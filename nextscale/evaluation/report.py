@@ -103,12 +103,13 @@ def evaluate(
     if styles := _by_style(system, data.val):
         report["styles"] = styles
     sets = _Sets(data, network, progress)
-    made = {"system": system.recipe, "fingerprint": fingerprint_of(system)}
+    made: dict[str, Any] = {"system": system.recipe, "fingerprint": fingerprint_of(system)}
     rebuilt = ArraySet(reconstructions(system, data.val), "reconstructions", {"made": made})
-    report["reconstruction_protocol"] = _protocol(rebuilt, DataSet(data.val, "held-out images"), network, paired=True)
-    report["scores"] |= paired_scores(rebuilt, DataSet(data.val, "held-out images"), distances or _usual())
+    originals = DataSet(data.val, "held-out images")
+    report["reconstruction_protocol"] = _protocol(rebuilt, originals, network, paired=True)
+    report["scores"] |= paired_scores(rebuilt, originals, distances or _usual())
     report["scores"] |= set_scores(SetFeatures(rebuilt, network), sets.val, network, paired=True)
-    report["scores"]["residual_bits"] = residual_bits(rebuilt, DataSet(data.val, "held-out images"))
+    report["scores"]["residual_bits"] = residual_bits(rebuilt, originals)
     _save_reconstructions(system, data.val, out / "reconstructions.png")
     if system.model is not None:
         training, held_out = encode_images(system, data.train), encode_images(system, data.val)
@@ -119,7 +120,7 @@ def evaluate(
         if "bits_per_dimension" in first:
             bits = first["bits_per_dimension"]["mean"]
             report["scores"] |= {"bits_per_dimension": bits, "pixel_bits": bits + report["scores"]["residual_bits"]}
-        report["samples"] = _samples(system, data, training, samples, seed, out, progress, sets, report)
+        report["samples"] = _samples(system, data, training, samples, seed, out, progress, sets, made, report)
         if recognised := recognition(system, data, RECOGNISED * samples, seed, progress):
             report["recognition"] = recognised
     report["about"]["seconds"] = round(time.perf_counter() - started, 1)
@@ -377,6 +378,7 @@ def _samples(
     out: Path,
     progress: bool,
     sets: _Sets,
+    made: dict[str, Any],
     report: dict[str, Any],
 ) -> dict[str, Any]:
     """Generate, draw the pictures, and compare with the training images."""
@@ -396,9 +398,8 @@ def _samples(
         others = nearest(training[queries], training, groups=groups, own=groups[queries], progress=progress)
         distance["training"] = summary(others.distances)
     limit = float(torch.quantile(near_val, 0.05))
-    made: dict[str, Any] = {"system": system.recipe, "fingerprint": fingerprint_of(system), "seed": seed}
-    made |= {"sampling_words": system.sampling.words(), "sampling": recorded_sampling(system.sampling)}
-    drawn = ArraySet(images, "samples", {"made": made, "order": "at random"})
+    sampling = {"sampling_words": system.sampling.words(), "sampling": recorded_sampling(system.sampling)}
+    drawn = ArraySet(images, "samples", {"made": made | {"seed": seed} | sampling, "order": "at random"})
     ours, network = SetFeatures(drawn, sets.network), sets.network
     compared = {
         "samples, training": set_scores(ours, sets.training, network),

@@ -286,10 +286,9 @@ def _begin(
     out: Path, folder: Path, note: Mapping[str, Any], count: int, single: bool, size: tuple[int, int]
 ) -> list[range]:
     """The runs of images that are missing; refuses what was begun with other settings."""
+    wanted = json.loads(json.dumps(note))  # as it is read: no tuples
     if not single and out.is_file():
-        if not note_of(out).is_file() or read_json(note_of(out), expected="how a set was made") != json.loads(
-            json.dumps(note)
-        ):
+        if not note_of(out).is_file() or read_json(note_of(out), expected="how a set was made") != wanted:
             raise ValueError(f"{out} is there already, and was made in another way; choose another name, or delete it")
         return []
     begun = note_of(folder) if single else folder / "set.json"
@@ -297,10 +296,7 @@ def _begin(
         known = read_json(begun, expected="how a set was begun")
         if not isinstance(known, dict):
             raise ValueError(f"{begun} does not say how a set was begun; give another --out, or delete that folder")
-        if known != json.loads(json.dumps(note)):
-            wrong = sorted(
-                name for name in {*known, *note} if known.get(name) != json.loads(json.dumps(note)).get(name)
-            )
+        if wrong := sorted(name for name in {*known, *wanted} if known.get(name) != wanted.get(name)):
             raise ValueError(
                 f"{folder} was begun with another {wrong[0]} ({brief(known.get(wrong[0]))} and now "
                 f"{brief(note.get(wrong[0]))}); give the same command, or another --out"
