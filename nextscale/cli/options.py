@@ -214,6 +214,13 @@ def check_pictures(*paths: Path, out: Path | None = None, inputs: Sequence[Path]
         check_writable(path / "00000.png" if singles and not path.suffix else path)
 
 
+def check_new_system(folder: Path) -> None:
+    """Refuse a folder that no system could be written to, or that holds one."""
+    check_writable(folder / "config.json")
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a system already; choose another folder, or delete that one first")
+
+
 def check_writable(path: Path) -> None:
     """Refuse a file that could not be written later; leaves nothing behind."""
     check_name(path)

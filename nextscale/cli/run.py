@@ -11,7 +11,16 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import Methods, load_changed
-from nextscale.cli.options import MOST_SINGLES, SHIPPED, Flat, Source, check_device, check_seed, check_writable
+from nextscale.cli.options import (
+    MOST_SINGLES,
+    SHIPPED,
+    Flat,
+    Source,
+    check_device,
+    check_new_system,
+    check_seed,
+    check_writable,
+)
 from nextscale.settings import brief
 
 if TYPE_CHECKING:
@@ -195,9 +204,7 @@ def save(
 
     if to is None:
         raise ValueError("save needs --to: the folder to write to")
-    check_writable(to / "config.json")
-    if (to / "config.json").exists():
-        raise ValueError(f"{to} holds a system already; choose another folder, or delete that one first")
+    check_new_system(to)
     run = Path(system)
     if (run / "state.json").is_file() or (
         (run / "checkpoints").is_dir() and not (run / "system" / "config.json").is_file()

@@ -9,7 +9,16 @@ import tyro
 
 import nextscale as ns
 from nextscale.cli.methods import load_changed
-from nextscale.cli.options import MOST_SINGLES, SHIPPED, Flat, Source, check_device, check_seed, check_writable
+from nextscale.cli.options import (
+    MOST_SINGLES,
+    SHIPPED,
+    Flat,
+    Source,
+    check_device,
+    check_new_system,
+    check_seed,
+    check_writable,
+)
 from nextscale.cli.run import images_of
 from nextscale.settings import brief
 
@@ -63,9 +72,7 @@ def tune(
     need("eval", "judging images")
     check_writable(out / "tune.json")
     if to is not None:
-        check_writable(to / "config.json")
-        if (to / "config.json").exists():
-            raise ValueError(f"{to} holds a system already; choose another folder, or delete that one first")
+        check_new_system(to)
     check_device(device)
     loaded = load_changed(system, device, ())
     ranges: dict[str, tuple[Any, ...]] = {

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextscale.contracts import LayerCache, Model, Objective, Opaque
 from nextscale.draws import BatchPart
-from nextscale.encoded import Choices, EncodedImages, not_said, said_by
+from nextscale.encoded import Choices, EncodedImages, not_said, said_by, told_of
 from nextscale.model.block import BlockWrapper
 from nextscale.modules import as_module
 from nextscale.processes import Team
@@ -162,10 +162,9 @@ def shown(system: System, data: Any, count: int, most: int = 12) -> dict[str, li
             rows = [int((first == number).nonzero()[0]) for number in first.unique()[:most]]
         kinds = [{name: values[row] for name, values in said.items()} for row in rows]
     elif data is not None:
-        kinds = []
-        for i in range(min(most, len(data))):
-            said_here = {name: said_by(data[i], reader.field, reader.shape) for name, reader in system.readers.items()}
-            kinds.append({n: v if system.readers[n].shape is not None else v[0] for n, v in said_here.items()})
+        rows = list(range(min(most, len(data))))
+        first_said = told_of(system, data, rows)
+        kinds = [{name: values[i] for name, values in first_said.items()} for i in rows]
     else:
         kinds = [{primary: value} for value in system.readers[primary].choices[:most]] or [{}]
     return {name: [kinds[i % len(kinds)].get(name) for i in range(count)] for name in system.readers}
