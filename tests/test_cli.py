@@ -19,7 +19,7 @@ import nextscale as ns
 from nextscale import cli
 from nextscale.cli import about, draw
 from nextscale.cli.options import Picking
-from nextscale.data.emoji import SETS
+from nextscale.data.attribution import SETS
 from nextscale.extras import EXTRAS
 from nextscale.pixels import to_uint8
 from nextscale.progress import Bar

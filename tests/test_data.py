@@ -15,6 +15,7 @@ from nextscale.cli.options import Source
 from nextscale.cli.train import load_data
 from nextscale.data import drawings as drawing
 from nextscale.data import emoji, folder
+from nextscale.data.attribution import SETS
 from nextscale.data.dataset import collate
 from nextscale.data.folder import image_folder
 from nextscale.data.images import (
@@ -201,8 +202,8 @@ def five(cache):
 
 def test_every_set_is_there_and_named_by_openmoji(five, drawings):
     rows = five.train.rows + five.val.rows
-    counts = {name: sum(row.set == name for row in rows) for name in emoji.SETS}
-    assert five.styles == tuple(emoji.SETS) and sum(counts.values()) == len({row.key for row in rows})
+    counts = {name: sum(row.set == name for row in rows) for name in SETS}
+    assert five.styles == tuple(SETS) and sum(counts.values()) == len({row.key for row in rows})
     left_out = sum(five.left_out.counts.values())
     assert sum(counts.values()) + left_out == 17_145 == five.left_out.total and left_out == 10
     assert counts["openmoji"] == 4495 and min(counts.values()) > 1800

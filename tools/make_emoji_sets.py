@@ -27,8 +27,9 @@ import tyro
 from make_openmoji_table import NEAR, SIZE
 from torch import Tensor
 
+from nextscale.data.attribution import SETS
 from nextscale.data.drawings import render_all, svg_of
-from nextscale.data.emoji import SETS, openmoji, table
+from nextscale.data.emoji import openmoji, table
 from nextscale.files import atomic_write
 from nextscale.progress import Bar
 

@@ -13,8 +13,8 @@ import tyro
 from torch.utils.data import Subset
 
 import nextscale as ns
-from nextscale.data.attribution import ATTRIBUTION
-from nextscale.data.emoji import SETS, Emoji
+from nextscale.data.attribution import SETS, attribution
+from nextscale.data.emoji import Emoji
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.evaluation.report import evaluate, table
 from nextscale.system import System
@@ -106,7 +106,7 @@ def main(source: str, name: str, commands: Path) -> None:
         height=height,
         width=width,
         parameters=sum(p.numel() for p in system.parameters()) / 1e6,
-        attribution=ATTRIBUTION,
+        attribution=attribution(SETS),
         drawings=len(drawings.train) + len(drawings.val),
         emoji=len({row.hexcode for part in (drawings.train, drawings.val) for row in part.rows}),
         styles="\n".join(style_table(system, drawings)),

