@@ -3,10 +3,11 @@
     python tools/ship.py runs/generator emoji-64 docs/emoji-64/commands.sh
 
 Writes nextscale/weights/NAME and docs/NAME (report, tables, pictures): the report is of OpenMoji's drawings, and the tokenizer
-is judged in each style as well.
+is judged in each style as well. `unselected.png` are samples as they come, told what is said of held-out drawings of all sets.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -15,11 +16,13 @@ from torch.utils.data import Subset
 import nextscale as ns
 from nextscale.data.attribution import SETS, attribution
 from nextscale.data.emoji import Emoji
+from nextscale.encoded import told_of
 from nextscale.evaluation.reconstruction import evaluate_tokenizer
 from nextscale.evaluation.report import evaluate, table
 from nextscale.system import System
 
 ROOT = Path(__file__).parent.parent
+UNSELECTED, BATCH = 200, 50
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -67,14 +70,16 @@ PSNR of the tokenizer in dB on held-out drawings, by set:
 
 
 # By recipe: what it is, what it is told, an example, what it needs.
-ABOUT = {
+ABOUT: dict[str, dict[str, Any]] = {
     "var": {
+        "which": -1,  # of its labels: the subgroup
         "kind": "A class-conditional VAR system (arXiv 2404.02905)",
         "told": "Labels are OpenMoji's groups and subgroups",
         "example": '{"label": ["cat-face"] * 5, "style": list(system.config.styles)}',
         "needs": "",
     },
     "infinity": {
+        "which": 0,  # of its captions: the name
         "kind": "A text-to-image Infinity system (arXiv 2412.04431)",
         "told": "Captions are OpenMoji's names, with and without the words of their groups, and those alone",
         "example": '{"caption": ["a red apple"] * 5, "style": list(system.config.styles)}',
@@ -97,6 +102,7 @@ def main(source: str, name: str, commands: Path) -> None:
     system = ns.load(folder)
     drawings = ns.emoji(size=system.image_size[0])
     evaluate(system, ns.openmoji(system.image_size[0]), docs)
+    draw_unselected(system, drawings, docs / "unselected.png")
     # The report's own heading gives way to the card's; its tables stay.
     report = (docs / "report.md").read_text(encoding="utf-8").split("\n", 1)[1].strip()
     height, width = system.image_size
@@ -127,6 +133,20 @@ def style_table(system: System, drawings: Emoji) -> list[str]:
         rows.append([name, len(chosen), *(f"{value:.2f}" for value in found.psnr)])
     sizes = [f"{height}x{width}" for height, width in system.schedule.sizes]
     return table(["set", "drawings", *sizes], rows)
+
+
+def draw_unselected(system: System, drawings: Emoji, path: Path) -> None:
+    """Samples told what is said of held-out drawings, chosen at random: image i is drawn with seed i, and none is left out."""
+    rows = torch.randperm(len(drawings.val), generator=torch.Generator().manual_seed(0))[:UNSELECTED].tolist()
+    told = told_of(system, drawings.val, rows, which=ABOUT[system.recipe]["which"])
+    images = [
+        ns.sample(system, {name: values[i : i + BATCH] for name, values in told.items()}, seed=i)
+        for i in range(0, len(rows), BATCH)
+    ]
+    said = [drawings.val.rows[row] for row in rows]
+    labels = [f"{row.caption if system.texts else row.subgroup}, {row.set}" for row in said]
+    title = f"{system.recipe}: {len(rows)} samples as they come, told what is said of held-out drawings"
+    ns.save_images(torch.cat(images), path, columns=10, labels=labels, title=title)
 
 
 if __name__ == "__main__":
