@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
     from nextscale.sampling.edit import inpaint as inpaint
+    from nextscale.sampling.edit import keep_features as keep_features
     from nextscale.sampling.edit import keep_tokens as keep_tokens
     from nextscale.sampling.edit import outpaint as outpaint
     from nextscale.sampling.guidance import Guidance as Guidance
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from nextscale.sampling.pick import tempered as tempered
     from nextscale.sampling.pick import top_k_top_p as top_k_top_p
     from nextscale.sampling.state import State as State
+    from nextscale.sampling.vary import interpolate as interpolate
+    from nextscale.sampling.vary import vary as vary
     from nextscale.schedule import Schedule as Schedule
     from nextscale.schedule import Span as Span
     from nextscale.system import System as System
@@ -86,12 +89,13 @@ _HOME = {
     "nextscale.evaluation.sample_set": ("sample_set",),
     "nextscale.evaluation.score": ("score",),
     "nextscale.evaluation.tuning": ("tune",),
-    "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_tokens", "outpaint"),
+    "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_features", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
     "nextscale.output": ("psnr",),
     "nextscale.sampling.guidance": ("Guidance", "apart", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
     "nextscale.sampling.state": ("State",),
+    "nextscale.sampling.vary": ("interpolate", "vary"),
     "nextscale.sampling.pick": ("greedy", "gumbel_soft", "multinomial", "tempered", "top_k_top_p"),
     "nextscale.schedule": ("Schedule", "Span"),
     "nextscale.system": ("System", "decode", "encode", "find_recipe", "logits"),

@@ -17,17 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.contracts import Edit, Pick
+from nextscale.modules import usual_defaults
 from nextscale.pixels import as_images, as_mask
+from nextscale.sampling.canvas import FITS, Canvas, feathered
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.loop import OnScale, sample
 from nextscale.sampling.pick import ScalePick
 from nextscale.schedule import Schedule
-from nextscale.settings import brief, finite_number
+from nextscale.settings import brief, finite_number, whole_number
 from nextscale.system import Labels, System, check_system, encode
 from nextscale.tokens import Soft, Tokens, each, first_tensor
 
 Box = Sequence[float] | Tensor
 
+KEPT = ("tokens", "features")
+MOST_BLEND = 1024
 MOST_WHOLE = 3  # a scale of at most so many tokens is kept whole
 
 
@@ -38,6 +42,9 @@ def inpaint(
     labels: Labels = None,
     *,
     box: Box | None = None,
+    fit: str | None = None,
+    blend: int | None = None,
+    kept: str = "tokens",
     keep_coarsest: bool = True,
     guidance: Guidance | None = None,
     pick: Pick | ScalePick | None = None,
@@ -47,22 +54,30 @@ def inpaint(
 ) -> Tensor:
     """Generate what a mask marks, or the inside of a box, and keep the rest of the images: [B, 3, H, W] in [-1, 1].
 
+    As it is, this is the reference's editing: images have the system's size, and what is kept looks as its tokens do. With
+    `fit` or `blend` images have any size, come back in it, and are to the bit what they were where nothing is marked.
+
     Args:
-        x: images [B, 3, H, W] in [-1, 1] of the system's size; also bytes, arrays and Pillow images (`as_images`).
+        x: images [B, 3, H, W] in [-1, 1]; also bytes, arrays and Pillow images (`as_images`).
         mask: True = generate; [H, W] for all images or [B, 1, H, W], in pixels or in tokens of the last scale; also arrays,
             bytes of 0 and 255, and Pillow images, white (and not transparent) where to generate. Of pixels, a token is kept if
-            more than half of its own are.
+            more than half of its own are; with `fit`, if all are.
         labels: one for all images, or one an image; None (the default) is the null class.
-        box: instead of a mask, (y0, x0, y1, x1) as fractions of the image, rounded to tokens of the last scale.
-        keep_coarsest: as in the reference, keep scales of at most three tokens whole, so that the source sets the tone.
+        box: instead of a mask, (y0, x0, y1, x1) as fractions of the image, rounded to tokens of the last scale (with `fit`, to
+            pixels).
+        fit: how an image of another size lies on the system's canvas: "crop", its middle; "pad", all of it, with its edges
+            drawn out; "stretch", all of it in another shape. The result undoes it.
+        blend: pixels over which what is generated fades in, from the border of the mask inwards; 0: a hard border. Without
+            `fit` it means "crop".
+        kept: what is forced where nothing is generated: the "tokens" of the image, as VAR does; or the "features" after each
+            scale, as CoDe does, which leak less across the border.
+        keep_coarsest: as in the reference, keep the tokens of scales of at most three whole, so that the source sets the tone.
         guidance, pick, seed, generator, on_scale: as in `sample`.
 
     Raises ValueError for shapes, numbers of rows and boxes that do not fit; warns of masks that mark nothing.
     """
-    rows, edit = _prepare(system, x, mask, box, labels, keep_coarsest, inside=True)
-    return sample(
-        system, rows, guidance=guidance, pick=pick, edit=edit, seed=seed, generator=generator, on_scale=on_scale
-    )
+    change = _Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
 def outpaint(
@@ -72,6 +87,9 @@ def outpaint(
     labels: Labels = None,
     *,
     mask: Any = None,
+    fit: str | None = None,
+    blend: int | None = None,
+    kept: str = "tokens",
     keep_coarsest: bool = True,
     guidance: Guidance | None = None,
     pick: Pick | ScalePick | None = None,
@@ -83,10 +101,8 @@ def outpaint(
 
     Arguments, result and errors are those of `inpaint`.
     """
-    rows, edit = _prepare(system, x, mask, box, labels, keep_coarsest, inside=False)
-    return sample(
-        system, rows, guidance=guidance, pick=pick, edit=edit, seed=seed, generator=generator, on_scale=on_scale
-    )
+    change = _Change(mask, box, False, fit, blend, kept, keep_coarsest)
+    return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
 def class_edit(
@@ -96,6 +112,9 @@ def class_edit(
     labels: Labels = None,
     *,
     box: Box | None = None,
+    fit: str | None = None,
+    blend: int | None = None,
+    kept: str = "tokens",
     keep_coarsest: bool = True,
     guidance: Guidance | None = None,
     pick: Pick | ScalePick | None = None,
@@ -106,19 +125,8 @@ def class_edit(
     """Put a target class where a mask or a box marks: `inpaint` with labels that must be given."""
     if labels is None:
         raise ValueError("class_edit needs the target class as label, got None; `inpaint` fills without a class")
-    return inpaint(
-        system,
-        x,
-        mask,
-        labels,
-        box=box,
-        keep_coarsest=keep_coarsest,
-        guidance=guidance,
-        pick=pick,
-        seed=seed,
-        generator=generator,
-        on_scale=on_scale,
-    )
+    change = _Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
 # ---- the pieces: an edit, what it keeps, and from where ---------------------------------------------------------------
@@ -169,6 +177,34 @@ class keep_tokens:  # noqa: N801 - reads as the function that it is to its users
         return keep_tokens([each(chosen, tokens) for tokens in self.source], [chosen(mask) for mask in self.keep])
 
 
+@dataclass(frozen=True)
+class keep_features:  # noqa: N801 - reads as the function that it is to its users
+    """An edit for the scale loop that puts the feature maps of a source where a mask is True, after each scale: CoDe's way.
+
+    Tokens are drawn and added as ever, so the stream of random numbers is that of plain sampling.
+
+    Args:
+        source: feature maps of K scales, [B, C, h, w] (`Encoded.f_hats`); one row serves any number of images.
+        keep: True = the source's features, bool [B, h', w'] or [1, h', w'], resized to the map by the nearest.
+    """
+
+    source: Sequence[Tensor]
+    keep: Tensor
+
+    def __call__(self, tokens: Tokens, k: int) -> Tokens:
+        return tokens
+
+    def features(self, f_hat: Tensor, k: int) -> Tensor:
+        """The feature map after scale k with the source's where it is kept."""
+        keep = F.interpolate(self.keep[:, None].float(), size=f_hat.shape[-2:]) > 0.5
+        return torch.where(keep, self.source[k], f_hat)
+
+    def select(self, rows: Tensor) -> keep_features:
+        """The edit of chosen images, for `State.select`; a single row goes on to serve all."""
+        source = [f if len(f) == 1 else f[rows] for f in self.source]
+        return keep_features(source, self.keep if len(self.keep) == 1 else self.keep[rows])
+
+
 def _where(keep: Tensor, kept: Tensor, drawn: Tensor) -> Tensor:
     """One or the other for each token, whatever a token is; keep [B, l], the others [B, l, ...]."""
     return torch.where(keep.view(*keep.shape, *[1] * (drawn.ndim - keep.ndim)), kept, drawn)
@@ -195,12 +231,16 @@ def generated_tokens(
 
     `inside`: a box is what is generated; else what is kept. Raises ValueError as `inpaint` does.
     """
-    if (mask is None) == (box is None):
-        raise ValueError(f"give either a mask or a box, got {'neither' if mask is None else 'both'}")
+    _check_one(mask, box)
     if box is not None:
-        marked = _box_tokens(box, system.schedule[-1])
+        marked = _box_tokens(box, system.schedule[-1], "token of the last scale")
         return (marked if inside else ~marked).to(system.device)
     return _mask_tokens(system, batch, as_mask(mask)).to(system.device)
+
+
+def _check_one(mask: Any, box: Box | None) -> None:
+    if (mask is None) == (box is None):
+        raise ValueError(f"give either a mask or a box, got {'neither' if mask is None else 'both'}")
 
 
 def check_box(box: Box) -> tuple[float, float, float, float]:
@@ -222,16 +262,16 @@ def check_box(box: Box) -> tuple[float, float, float, float]:
     )
 
 
-def _box_tokens(box: Box, size: tuple[int, int]) -> Tensor:
-    """The tokens in a box, bool [1, h, w]; rounded as the reference does, halves to even."""
+def _box_tokens(box: Box, size: tuple[int, int], cell: str) -> Tensor:
+    """The tokens (or pixels) in a box, bool [1, h, w]; rounded as the reference does, halves to even."""
     y0, x0, y1, x1 = check_box(box)
     height, width = size
     marked = torch.zeros(1, height, width, dtype=torch.bool)
     marked[:, round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = True
     if not marked.any():
         raise ValueError(
-            f"the box ({y0:g}, {x0:g}, {y1:g}, {x1:g}) holds no token of the last scale, {height}x{width} tokens, to "
-            "which its corners are rounded; make it larger"
+            f"the box ({y0:g}, {x0:g}, {y1:g}, {x1:g}) holds no {cell}, {height}x{width} of them, to which its corners are "
+            "rounded; make it larger"
         )
     return marked
 
@@ -259,37 +299,108 @@ def _mask_tokens(system: System, batch: int, mask: Tensor) -> Tensor:
     return marked
 
 
-def _prepare(
-    system: System,
-    x: Any,
-    mask: Tensor | None,
-    box: Box | None,
-    labels: Labels,
-    keep_coarsest: bool,
-    *,
-    inside: bool,
-) -> tuple[Labels, Edit]:
-    """A label for each image, and the edit; all that can be wrong is found before anything is computed."""
+@dataclass(frozen=True)
+class _Change:
+    """What a caller asks of an edit, see `inpaint`. inside: a box is what is generated, else what is kept."""
+
+    mask: Any
+    box: Box | None
+    inside: bool
+    fit: str | None
+    blend: int | None
+    kept: str
+    keep_coarsest: bool
+
+    def __post_init__(self) -> None:
+        if self.kept not in KEPT:
+            raise ValueError(f"kept: expected {' or '.join(KEPT)}, got {brief(self.kept)}")
+        if self.blend is not None:
+            whole_number("blend", self.blend, 0, MOST_BLEND, " pixels")
+
+    def keeping(self, system: System, x: Tensor, generate: Tensor) -> Edit:
+        """The edit that keeps what tokens of images do not generate, bool [B, h, w]."""
+        if self.kept == "features":
+            return keep_features(system.tokenizer.encode(x.to(system.device), system.schedule).f_hats, ~generate)
+        masks = keep_masks(~generate, system.schedule, keep_coarsest=self.keep_coarsest)
+        return keep_tokens(encode(system, x), masks)
+
+
+@torch.no_grad()
+@usual_defaults()
+def _edited(
+    system: System, x: Any, labels: Labels, change: _Change, on_scale: OnScale | None, **options: Any
+) -> Tensor:
+    """Images after a change; all that can be wrong is found before anything is computed."""
     check_system(system)
     system.need_model()
-    height, width = system.image_size
     x = as_images(x, system.tokenizer.channels)
-    if tuple(x.shape[2:]) != (height, width):
+    free = change.fit is not None or change.blend is not None
+    if not free and tuple(x.shape[2:]) != system.image_size:
+        height, width = system.image_size
         raise ValueError(
-            f"expected images [B, {x.shape[1]}, {height}, {width}], got {list(x.shape)}; read them with "
-            f"`ns.read_images(paths, size=({height}, {width}))`"
+            f'expected images [B, {x.shape[1]}, {height}, {width}], got {list(x.shape)}; give fit="crop" to edit images of any '
+            f"size, or read them with `ns.read_images(paths, size=({height}, {width}))`"
         )
     rows = system.told(labels, len(x))
     system.check_told(rows)
-    generate = generated_tokens(system, len(x), mask, box, inside=inside)
+    if not free:
+        generate = generated_tokens(system, len(x), change.mask, change.box, inside=change.inside)
+        _warn_of_nothing(generate)
+        return sample(system, rows, edit=change.keeping(system, x, generate), on_scale=on_scale, **options)
+
+    canvas = Canvas.of((x.shape[2], x.shape[3]), system.image_size, change.fit or FITS[0])
+    mask = _pixels(change, len(x), canvas.image)
+    generate = _tokens_of(mask, canvas, system)
+    _warn_of_nothing(generate)
+    opacity, x = feathered(mask, change.blend or 0).to(system.device), x.to(system.device)
+
+    def whole(images: Tensor) -> Tensor:
+        return canvas.put_back(images, x, opacity)
+
+    seen = None if on_scale is None else lambda k, images: on_scale(k, whole(images))
+    edit = change.keeping(system, canvas.fit(x), generate)
+    return whole(sample(system, rows, edit=edit, on_scale=seen, **options))
+
+
+def _pixels(change: _Change, batch: int, size: tuple[int, int]) -> Tensor:
+    """The pixels of images that a change marks, bool [B, 1, H, W] or [1, 1, H, W]."""
+    _check_one(change.mask, change.box)
+    if change.box is not None:
+        marked = _box_tokens(change.box, size, "pixel of the image")[None]
+        return marked if change.inside else ~marked
+    mask = as_mask(change.mask)
+    mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+    shaped = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[0] in (1, batch))
+    if not shaped or tuple(mask.shape[-2:]) != size:
+        raise ValueError(
+            f"a mask for {batch} images of {size[0]}x{size[1]} pixels has shape {list(size)} or {[batch, 1, *size]}, got "
+            f"{list(mask.shape)}; draw it on the image, or give box="
+        )
+    return mask.view(-1, 1, *size)
+
+
+def _tokens_of(mask: Tensor, canvas: Canvas, system: System) -> Tensor:
+    """The tokens that pixels of images touch, bool [B, h, w]; warns where some of them are not seen."""
+    stride: Any = system.tokenizer.stride
+    rows, columns = canvas.seen
+    total, seen = int(mask.sum()), int(mask[..., rows, columns].sum())
+    if total and seen < total:
+        middle = f"the middle {rows.stop - rows.start}x{columns.stop - columns.start} pixels that the system sees"
+        said = f"of what is marked {100 * (1 - seen / total):.0f} % lies outside of {middle}"
+        if not seen:
+            raise ValueError(f'{said}; give fit="pad" or fit="stretch"')
+        warnings.warn(f'{said}, and stays as it is; fit="pad" or fit="stretch" show it all', stacklevel=6)
+    return canvas.marked(mask.to(system.device), stride)
+
+
+def _warn_of_nothing(generate: Tensor) -> None:
     changed = generate.flatten(1).any(dim=1)
     if not changed.any():
         warnings.warn(
             "the mask marks nothing, so nothing is generated and the images come back as their tokens render them; mark what "
             "to generate with True (1)",
-            stacklevel=3,
+            stacklevel=6,
         )
     elif not changed.all():
         first = int((~changed).int().argmax())
-        warnings.warn(f"mask {first} marks nothing, so its image comes back as its tokens render it", stacklevel=3)
-    return rows, keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=keep_coarsest))
+        warnings.warn(f"mask {first} marks nothing, so its image comes back as its tokens render it", stacklevel=6)

@@ -85,12 +85,15 @@ class ScaleByScale:
         state = drop_branches(state)
         cache, generators = state.cache.fork(), state.noise.generators()
         tokens = self.draw(system, state, cache, generators)
-        if state.edit is not None:
-            tokens = state.edit(tokens, state.k)
+        edit = state.edit
+        tokens = tokens if edit is None else edit(tokens, state.k)
+        f_hat = system.tokenizer.pyramid.add(state.f_hat, tokens, state.k, state.schedule)
+        if edit is not None and hasattr(edit, "features"):  # one that changes those as well
+            f_hat = edit.features(f_hat, state.k)
         return replace(
             state,
             k=state.k + 1,
-            f_hat=system.tokenizer.pyramid.add(state.f_hat, tokens, state.k, state.schedule),
+            f_hat=f_hat,
             cache=cache,
             tokens=[*state.tokens, tokens],
             noise=state.noise.after(generators),
