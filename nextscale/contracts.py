@@ -34,8 +34,8 @@ Corrupt = Callable[[OwnTokens, int], OwnTokens]
 Generators = torch.Generator | list[torch.Generator]
 Combine = Callable[[Tensor], Tensor]
 Pick = Callable[[Tensor, Generators], Tokens]
-# `edit(tokens, k)` replaces tokens that were picked. It may have `features(f_hat, k)`, which replaces what is known after scale k,
-# and, if it knows images by their rows, `select(rows)`.
+# `edit(tokens, k)` replaces tokens that were picked. It may have `features(f_hat, k)`, which replaces what is known after
+# scale k, and, if it knows images by their rows, `select(rows)`.
 Edit = Callable[[OwnTokens, int], OwnTokens]
 
 M = TypeVar("M", bound=nn.Module)
