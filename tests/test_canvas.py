@@ -64,7 +64,7 @@ def test_outside_of_what_is_seen_nothing_changes_and_a_warning_says_so(small, ph
     changed = (result != photo).any(dim=1).any(dim=0)
     assert not changed[:, :20].any() and not changed[:, 30:].any() and changed[:, 20:30].any()
     left[:, 20:] = False
-    with pytest.raises(ValueError, match=r'100 % lies outside .*give fit="pad" or fit="stretch"'):
+    with pytest.raises(ValueError, match=r'100 % lies outside .*give fit="pad" or "stretch"'):
         ns.inpaint(small, photo, left, fit="crop")
     assert not torch.equal(ns.inpaint(small, photo, left, fit="pad"), photo)
 
@@ -74,7 +74,7 @@ def test_blend_alone_edits_in_the_middle_and_sizes_of_their_own_need_a_fit(small
     assert torch.equal(
         ns.inpaint(small, photo, box=box, blend=3), ns.inpaint(small, photo, box=box, blend=3, fit="crop")
     )
-    with pytest.raises(ValueError, match='give fit="crop" to edit images of any size'):
+    with pytest.raises(ValueError, match='give fit="crop" for images of any size'):
         ns.inpaint(small, photo, box=box)
     for wrong, words in (
         ({"fit": "zoom"}, "fit: expected crop, pad, stretch"),

@@ -231,18 +231,19 @@ def test_reconstruct_shows_every_scale_and_says_how_good_it_is(nextscale, tokeni
     ("command", "words"),
     [("inpaint", []), ("outpaint", ["--labels", "cat"]), ("edit", ["--labels", "cat,none"])],
 )
-def test_editing_shows_source_mask_reconstruction_and_results(nextscale, system, tmp_path, command, words):
+def test_editing_writes_the_image_and_shows_what_was_seen(nextscale, system, tmp_path, command, words):
     image = drawing(tmp_path / "a.png")
-    words = [command, image, "--system", system, "--count", 2, "--out", "new/e.png", *words]
+    words = [command, image, "--system", system, "--count", 2, "--out", "new/e.png", "--overview", "new/o.png", *words]
     result = nextscale(*words, "--box", "0,0,0.5,1")
-    assert result.code == 0 and result.out == [str(Path("new/e.png"))], result.err
-    width, height = size("new/e.png")
+    assert result.code == 0 and result.out == [str(Path("new/o.png")), str(Path("new/e.png"))], result.err
+    width, height = size("new/o.png")
     rows = 2 if command == "edit" else 1
     assert 5 * 128 < width < 6 * 128 and rows * 128 < height < (rows + 1) * 128
     first = Path("new/e.png").read_bytes()
     # the same region as a mask: the upper half is generated, or with outpaint the lower one
-    mask = Image.new("RGBA", (64, 64), "black")
-    mask.paste("white", (0, 32, 64, 64) if command == "outpaint" else (0, 0, 64, 32))
+    half = tuple(side // 2 for side in Image.open(image).size)
+    mask = Image.new("RGBA", Image.open(image).size, "black")
+    mask.paste("white", (0, half[1], *mask.size) if command == "outpaint" else (0, 0, mask.width, half[1]))
     mask.save("mask.png")
     assert nextscale(*words, "--mask", "mask.png").code == 0 and Path("new/e.png").read_bytes() == first
     assert nextscale(*words, "--box", "0,0,1,0.5").code == 0 and Path("new/e.png").read_bytes() != first
@@ -251,25 +252,31 @@ def test_editing_shows_source_mask_reconstruction_and_results(nextscale, system,
 @pytest.mark.parametrize(
     ("command", "verb", "label"), [("inpaint", "inpaint", ""), ("outpaint", "outpaint", "7"), ("edit", "inpaint", "7")]
 )
-def test_edited_images_are_those_of_the_library(nextscale, system, tmp_path, monkeypatch, command, verb, label):
-    image = drawing(tmp_path / "a.png")
-    saved = {}
-    monkeypatch.setattr("nextscale.data.images.save_images", lambda tiles, path, **_: saved.update({path: tiles}))
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+def test_edited_images_are_those_of_the_library(nextscale, system, tmp_path, command, verb, label, ending):
+    noise = torch.rand(8, 13, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    Image.fromarray(noise).resize((130, 80), Image.Resampling.BICUBIC).save(
+        f"photo.{ending}", lossless=True, quality=95
+    )
     labels = ["--labels", label] if label else []
-    box = "0.25, 0,1,0.5"
-    result = nextscale(command, image, "--system", system, "--box", box, "--seed", 4, "--greedy", "--count", 3, *labels)
+    words = [command, f"photo.{ending}", "--system", system, "--box", "0.25, 0,1,0.5", "--seed", 4, "--greedy", *labels]
+    result = nextscale(*words, "--fit", "stretch", "--out", "one.png")
     assert result.code == 0, result.err
-    (tiles,) = saved.values()
-    loaded = ns.load(system)
-    x = ns.read_images(image, loaded.image_size)
+    loaded, pixels = ns.load(system), np.array(Image.open(f"photo.{ending}").convert("RGB"))
     options = {"box": (0.25, 0, 1, 0.5), "labels": label or None, "pick": ns.greedy, "seed": 4}
-    expected = getattr(ns, verb)(loaded, x.expand(3, -1, -1, -1), **options)
-    assert torch.equal(tiles[0], x[0]) and len(tiles) == 6
-    torch.testing.assert_close(tiles[2:3], ns.decode(loaded, ns.encode(loaded, x)))
-    torch.testing.assert_close(tiles[3:], expected, atol=1e-4, rtol=0)
-    inside = torch.zeros(32, 32, dtype=torch.bool)
-    inside[8:, :16] = True
-    assert torch.equal((tiles[1] != x[0]).any(0), inside if verb == "inpaint" else ~inside)
+    expected = (
+        to_uint8(getattr(ns, verb)(loaded, pixels, fit="stretch", blend=4, **options))[0].permute(1, 2, 0).numpy()
+    )
+    one = np.array(Image.open("one.png"))
+    assert one.shape == pixels.shape == (80, 130, 3) and (np.abs(one.astype(int) - expected) <= 1).all()
+    inside = np.zeros((80, 130), dtype=bool)
+    inside[20:, :65] = True
+    changed = (one != pixels).any(-1)
+    assert not changed[~inside if verb == "inpaint" else inside].any() and changed.mean() > 0.2
+    assert nextscale(*words, "--fit", "stretch", "--out", "several", "--count", 2).code == 0
+    several = np.array(Image.open("several/00000.png")).astype(int)
+    assert (np.abs(several - one) <= 1).all()  # sums of another order
+    assert nextscale(*words, "--out", f"again.{ending}").code == 0 and Image.open(f"again.{ending}").size == (130, 80)
 
 
 def test_demo_writes_both_pictures(nextscale, system):
@@ -366,8 +373,13 @@ def test_the_demo_has_a_row_for_each_style(nextscale, styled, pictures):
 
 def test_edits_and_sets_take_a_style(nextscale, styled, pictures, tmp_path):
     image, box = drawing(tmp_path / "i.png"), ["--box", "0,0,1,0.5"]
-    assert nextscale("inpaint", image, *box, "--system", styled, "--style", "ink,oil", "--count", 1).code == 0
-    assert pictures["inpainted.png"][1]["labels"][3::4] == ["no class, ink", "no class, oil"]
+    words = ["inpaint", image, *box, "--system", styled, "--style", "ink,oil", "--overview", "o.png"]
+    assert nextscale(*words).code == 0
+    assert (
+        pictures["o.png"][1]["labels"][3::4]
+        == pictures["inpainted.png"][1]["labels"]
+        == ["no class, ink", "no class, oil"]
+    )
     assert nextscale("sample-set", "--system", styled, "--style", "oil", "--each", 2, "--out", "s.npz").code == 0
     told = {"label": ["cat", "dog", "7"] * 2, "style": "oil"}
     wanted = to_uint8(ns.sample(ns.load(styled), told, seed=0)).permute(0, 2, 3, 1).numpy()
@@ -757,7 +769,8 @@ def test_where_nothing_can_be_written_nothing_is_computed(refused, monkeypatch, 
         if command != "demo":
             assert "it is a folder" in refused(command, *image, option, "folder.png")
             assert "extension '.txt'" in refused(command, *image, option, "a.txt")
-            if (command, option) != ("sample", "--out"):  # whose name without an extension is a folder of single images
+            # there a name without an extension is a folder of single images
+            if option != "--out" or command == "reconstruct":
                 assert "extension ''" in refused(command, *image, option, "a")
     finally:
         ns.__dict__.pop("load", None)
@@ -792,10 +805,10 @@ def test_reconstruct_says_which_file_is_no_image(refused, tokenizer, tmp_path):
         (["--box", "0.5,0,0.25,1"], "0 <= y0 < y1 <= 1"),
         (["--box", "0,0,1,nan"], "0 <= y0 < y1 <= 1"),
         (["--box", "top left"], "four numbers with commas between, got 'top left'"),
-        (["--box", "0,0,0.1,1"], "holds no token"),
+        (["--box", "0,0,0.001,1"], "holds no pixel"),
         (["--mask", "missing.png"], "no such image file: missing.png"),
         (["--mask", "text.png"], "text.png cannot be read as an image"),
-        (["--mask", "dot.png"], "half of any token"),
+        (["--mask", "black.png"], "--mask marks nothing"),
         (["--box", "0,0,1,1", "--labels", "dgo"], "did you mean 'dog'"),
         (["--box", "0,0,1,1", "--labels", " "], "--labels"),
         (["--box", "0,0,1,1", "--count", "0"], "--count must be at least 1"),
@@ -808,9 +821,7 @@ def test_reconstruct_says_which_file_is_no_image(refused, tokenizer, tmp_path):
 )
 def test_editing_refuses_what_does_not_fit(refused, system, tmp_path, words, expected):
     (tmp_path / "text.png").write_text("no image")
-    dot = Image.new("L", (32, 32))
-    dot.putpixel((5, 5), 255)
-    dot.save(tmp_path / "dot.png")
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
     labels = [] if "--labels" in words else ["--labels", "dog"]
     assert expected in refused("edit", drawing(tmp_path / "a.png"), "--system", system, *labels, *words)
 

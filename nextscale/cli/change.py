@@ -1,17 +1,23 @@
-"""`nextscale inpaint`, `outpaint` and `edit`: a part of an image anew."""
+"""`nextscale inpaint`, `outpaint` and `edit`: a part of an image anew, in an image of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 import nextscale as ns
 from nextscale.cli.draw import LABELS, PROMPT, STYLES, Label, caption, generate, read_labels, read_styles
 from nextscale.cli.options import Flat, Loading, Picking, at_least_one, check_device, check_images, check_pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nextscale.sampling.edit import Plan
+    from nextscale.system import System
 
 BoxText = Annotated[str, tyro.conf.arg(metavar="Y0,X0,Y1,X1", help_behavior_hint="(this or --mask)")]
 
@@ -31,11 +37,20 @@ class Inpainting:
     box: BoxText = ""
     """the part to generate: top, left, bottom, right as fractions of the image"""
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(this or --box)")] = None
-    """image file instead of a box, white (and not transparent) where to generate; fitted as IMAGE is"""
-    count: int = 4
+    """image file instead of a box, of IMAGE's shape, white (and not transparent) where to generate"""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """how an image of another shape is seen: its middle, all of it with its edges drawn out, or all of it in another shape"""
+    blend: int = 4
+    """pixels over which what is generated fades in from its border; 0: a hard one"""
+    kept: Literal["tokens", "features"] = "tokens"
+    """what is forced where nothing is generated: tokens, as VAR does, or features, as CoDe does"""
+    count: int = 1
     """results for each label"""
     out: Path = Path("inpainted.png")
-    """picture to write; the extension says the format"""
+    """file to write; the extension says the format. One result is written as it is, in IMAGE's size; several make a picture,
+    or, in a folder (a name without extension), single images"""
+    overview: Path | None = None
+    """also write a picture of what the system sees: the image, the part to generate, what tokens give, the results"""
     picking: Annotated[Picking, Flat] = field(default_factory=Picking)
     loading: Annotated[Loading, Flat] = field(default_factory=Loading)
 
@@ -47,7 +62,7 @@ class Outpainting(Inpainting):
     box: BoxText = ""
     """the part to keep: top, left, bottom, right as fractions of the image"""
     out: Path = Path("outpainted.png")
-    """picture to write; the extension says the format"""
+    """file to write, as `nextscale inpaint` does"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +72,16 @@ class Editing(Inpainting):
     labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(this or --prompt)")] = ()
     """names or numbers of the target classes with commas between; a row of the picture for each"""
     out: Path = Path("edited.png")
-    """picture to write; the extension says the format"""
+    """file to write, as `nextscale inpaint` does"""
 
 
 def inpaint(change: Annotated[Inpainting, Flat]) -> None:
     """Generate a part of an image anew and keep the rest.
 
-    Try: nextscale inpaint dog.png --box 0.25,0.25,0.75,0.75 --out inpainted.png
+    Try: nextscale inpaint dog.jpg --box 0.25,0.25,0.75,0.75 --out inpainted.jpg
 
-    The picture shows the image, the part to generate (grey), what the tokens of the image give, and the results. What
-    is kept looks as its tokens do. The last line is the picture's path.
+    The image may have any size, and comes back in it: outside of the box or mask it stays as it is. The last line is the
+    path of what was written.
     """
     print(_apply(change))
 
@@ -74,9 +89,9 @@ def inpaint(change: Annotated[Inpainting, Flat]) -> None:
 def outpaint(change: Annotated[Outpainting, Flat]) -> None:
     """Keep a part of an image and generate all around it.
 
-    Try: nextscale outpaint dog.png --box 0.25,0.25,0.75,0.75 --out outpainted.png
+    Try: nextscale outpaint dog.jpg --box 0.25,0.25,0.75,0.75 --fit pad --out outpainted.jpg
 
-    The picture is that of `nextscale inpaint`. The last line is its path.
+    What is written is as of `nextscale inpaint`. The last line is its path.
     """
     print(_apply(change, inside=False))
 
@@ -84,9 +99,9 @@ def outpaint(change: Annotated[Outpainting, Flat]) -> None:
 def edit(change: Annotated[Editing, Flat]) -> None:
     """Put something of a given class into a part of an image.
 
-    Try: nextscale edit dog.png --labels flags --box 0.1,0.1,0.9,0.9 --out edited.png
+    Try: nextscale edit dog.jpg --labels flags --box 0.1,0.1,0.9,0.9 --out edited.jpg
 
-    The picture is that of `nextscale inpaint`. The last line is its path.
+    What is written is as of `nextscale inpaint`. The last line is its path.
     """
     if not "".join(change.labels).strip() and not change.prompt:
         raise ValueError(
@@ -96,20 +111,19 @@ def edit(change: Annotated[Editing, Flat]) -> None:
 
 
 def _apply(change: Inpainting, *, inside: bool = True) -> Path:
-    """Write a row for each label: the image, what will be generated, the reconstruction, the results.
+    """Write the results, and the overview if there is to be one.
 
     `inside`: the box is the part to generate, not the part to keep. A mask is always white where to generate.
     """
-    import torch
-
-    from nextscale.data.images import check_grid, read_image_file, save_images
-    from nextscale.pixels import white
-    from nextscale.sampling.edit import generated_tokens, keep_masks
+    from nextscale.data.images import read_image_file
+    from nextscale.pixels import to_float
+    from nextscale.sampling.edit import Change
 
     count, picking = change.count, change.picking
     at_least_one(count=count)
     picking.check()
-    check_pictures(change.out, inputs=[change.image, *([change.mask] if change.mask else [])])
+    overview = [change.overview] if change.overview else []
+    check_pictures(*overview, out=change.out, inputs=[change.image, *([change.mask] if change.mask else [])])
     check_device(change.loading.device)
     where = _marked(change.box, change.mask)
 
@@ -121,62 +135,85 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     wanted = [(label, style) for style in read_styles(system, change.style) for label in labels]
     options, how = picking.resolve(system)
     check_images(len(wanted) * (count + 3))
-    rows, styles = zip(*[one for one in wanted for _ in range(count)], strict=True)
-    check_grid(change.out, len(rows) + 3 * len(wanted), system.image_size, 3 + count)
-    source = ns.read_images(change.image, system.image_size, system.tokenizer.channels)
-    if isinstance(where, Path):
-        pixels = read_image_file(where, system.image_size, channels=4)
-        _check_shape(where, change.image)
-        marked = generated_tokens(system, 1, white(pixels))
-    else:
-        marked = generated_tokens(system, 1, box=box_in_crop(where, change.image, system.image_size), inside=inside)
-    if not marked.any():
-        raise ValueError(
-            f"--{'mask' if change.mask else 'box'} marks nothing to generate in the part of {change.image} that is used, which "
-            "is its middle in the shape of the system's images; mark more of it"
-        )
-    tokens = ns.encode(system, source)
-    kept = ns.keep_tokens(tokens, keep_masks(~marked, system.schedule))  # one row, for all images
-    results = generate(system, rows, picking.seed, options, styles=styles, edit=kept)[-1].images
-
-    stride: Any = system.tokenizer.stride
-    grey = marked.cpu()[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3)  # [1, 1, H, W]
-    first = torch.cat([source, torch.where(grey, source * 0.2, source), ns.decode(system, tokens).cpu()])
-    tiles = [tile for some in results.split(count) for tile in (first, some)]
-    captions = [
-        text
-        for label, style in wanted
-        for text in ("source", "to generate", "reconstruction", *[caption(system, label, style)] * count)
-    ]
-    title = f"{loading.title(system)}, {change.image.name}, seed {picking.seed}, {how}"
-    return save_images(torch.cat(tiles), change.out, columns=3 + count, labels=captions, title=title)
+    source = to_float(read_image_file(change.image, None, system.tokenizer.channels))[None]
+    results = _Results(system, change, wanted, source, f"seed {picking.seed}, {how}")
+    marks = {"box": where} if isinstance(where, tuple) else {"mask": _read_mask(where, change.image, source)}
+    asked = Change(**marks, inside=inside, fit=change.fit, blend=change.blend, kept=change.kept)
+    plan = asked.plan(system, source)
+    if not plan.generate.any():
+        raise ValueError(f"--mask marks nothing to generate in {change.image}; it is white where to generate")
+    drawn = generate(system, results.rows, picking.seed, options, styles=results.styles, edit=plan.edit)[-1].images
+    if change.overview:
+        print(results.save_overview(plan, drawn, change.overview))
+    return results.save(plan.whole(drawn.to(system.device)).cpu())
 
 
-def box_in_crop(box: Sequence[float], image: Path, size: tuple[int, int]) -> tuple[float, ...]:
-    """A box in fractions of an image file, in fractions of the part of it that is used: its middle in the shape of `size`."""
-    from nextscale.data.images import picture_size
+class _Results:
+    """What is written of a change, `count` images for each of the labels and styles that are wanted."""
 
-    (height, width), (h, w) = picture_size(image), size
-    used = min(height, width * h / w) / height, min(width, height * w / h) / width  # shares of both sides
-    inner = [(edge - (1 - used[i % 2]) / 2) / used[i % 2] for i, edge in enumerate(box)]
-    y0, x0, y1, x1 = (min(1.0, max(0.0, edge)) for edge in inner)
-    if y0 >= y1 or x0 >= x1:
-        raise ValueError(
-            f"--box lies outside of the part of {image} that is used: of its {height}x{width} pixels the middle "
-            f"{used[0] * height:.0f}x{used[1] * width:.0f}"
-        )
-    return y0, x0, y1, x1
+    def __init__(
+        self,
+        system: System,
+        change: Inpainting,
+        wanted: Sequence[tuple[Label, str | None]],
+        source: Tensor,
+        how: str,
+    ) -> None:
+        from nextscale.data.images import check_grid
+
+        self.system, self.change, self.wanted = system, change, wanted
+        self.rows, self.styles = zip(*[one for one in wanted for _ in range(change.count)], strict=True)
+        self.title = f"{change.loading.told(change.prompt).title(system)}, {change.image.name}, {how}"
+        if len(self.rows) > 1:
+            check_grid(change.out, len(self.rows), (source.shape[2], source.shape[3]), change.count)
+        if change.overview:
+            columns = 3 + change.count
+            check_grid(change.overview, columns * len(wanted), system.image_size, columns)
+
+    def save(self, images: Tensor) -> Path:
+        """One image as it is, several as a picture or, in a folder, as they are."""
+        from nextscale.data.images import save_images, writes_singles
+
+        out = self.change.out
+        if len(images) == 1 or writes_singles(out):
+            return save_images(images, out)
+        labels = [caption(self.system, label, style) for label, style in zip(self.rows, self.styles, strict=True)]
+        return save_images(images, out, columns=self.change.count, labels=labels, title=self.title)
+
+    def save_overview(self, plan: Plan, drawn: Tensor, path: Path) -> Path:
+        """A row for each label: what the system sees, what is generated (grey), what the tokens give, and the results."""
+        import torch
+
+        from nextscale.data.images import save_images
+
+        count, stride, source = self.change.count, self.system.tokenizer.stride, plan.seen.cpu()
+        grey = plan.generate.cpu()[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3)  # [1, 1, H, W]
+        tokens = ns.decode(self.system, ns.encode(self.system, plan.seen)).cpu()
+        first = torch.cat([source, torch.where(grey, source * 0.2, source), tokens])
+        tiles = [tile for some in drawn.split(count) for tile in (first, some)]
+        labels = [
+            text
+            for label, style in self.wanted
+            for text in ("source", "to generate", "reconstruction", *[caption(self.system, label, style)] * count)
+        ]
+        return save_images(torch.cat(tiles), path, columns=3 + count, labels=labels, title=self.title)
 
 
-def _check_shape(mask: Path, image: Path) -> None:
-    """Refuse a mask of another shape than its image: nobody knows where in the image its marks are."""
-    from nextscale.data.images import picture_size
+def _read_mask(path: Path, image: Path, source: Tensor) -> Tensor:
+    """Where a file is white and not transparent, bool [H, W] in the pixels of its image. Refuses one of another shape: nobody
+    knows where in the image its marks are."""
+    import torch.nn.functional as F
 
-    (h, w), (height, width) = picture_size(mask), picture_size(image)
+    from nextscale.data.images import read_image_file
+    from nextscale.pixels import white
+
+    mask = white(read_image_file(path, None, channels=4))
+    (h, w), (height, width) = mask.shape, source.shape[-2:]
     if abs(w * height - h * width) > max(h, w, height, width):  # but for rounded sides
         raise ValueError(
-            f"--mask {mask} is of {h}x{w} pixels and {image} of {height}x{width}, two shapes; draw the mask on the image"
+            f"--mask {path} is of {h}x{w} pixels and {image} of {height}x{width}, two shapes; draw the mask on the image"
         )
+    return F.interpolate(mask[None, None].float(), size=(height, width))[0, 0] > 0.5
 
 
 def _marked(box: str, mask: Path | None) -> tuple[float, ...] | Path:

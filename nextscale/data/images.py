@@ -54,15 +54,16 @@ def check_share(validation: Any) -> None:
         raise ValueError(f"validation: expected a share in [0, 1), got {brief(validation)}; 0.1 holds out a tenth")
 
 
-def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: bool = False) -> Tensor:
+def read_image_file(path: PathLike, size: Size | None, channels: int = 3, *, whole: bool = False) -> Tensor:
     """One image file as uint8 [C, h, w]: turned upright (EXIF), short side resized (Lanczos), centre-cropped.
 
-    `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. `whole`: not cropped, so as large as it must
-    be to cover `size`. Any format that Pillow reads; of an animation the first frame. Raises FileNotFoundError,
-    PermissionError, and ValueError for a file that is no image, is damaged, or is larger than Pillow's decompression-bomb
-    limit.
+    `size`: None: as large as it is. `channels`: 3, colours on white; 1, greys on white; 4, colours and opacity. `whole`: not
+    cropped, so as large as it must be to cover `size`. Any format that Pillow reads; of an animation the first frame. Raises
+    FileNotFoundError, PermissionError, and ValueError for a file that is no image, is damaged, or is larger than Pillow's
+    decompression-bomb limit.
     """
-    height_width(size)
+    if size is not None:
+        height_width(size)
     path = as_path(path, "an image file")
     shown = brief_path(path)
     if not path.exists():
@@ -75,14 +76,18 @@ def read_image_file(path: PathLike, size: Size, channels: int = 3, *, whole: boo
         raise PermissionError(error.errno, f"cannot read {path}: no permission; check its mode", str(path)) from error
 
 
-def decode_image(source: Any, size: Size, name: str, channels: int = 3, *, whole: bool = False) -> Tensor:
+def decode_image(source: Any, size: Size | None, name: str, channels: int = 3, *, whole: bool = False) -> Tensor:
     """As `read_image_file`, of a path, an open file or a Pillow image; `name` says in errors what it is."""
-    height, width = height_width(size)
     if isinstance(channels, bool) or not isinstance(channels, int) or channels not in MODES:
         raise ValueError(f"channels: expected 1 (grey), 3 (colour) or 4 (with opacity), got {brief(channels)}")
     with opened(source, name) as image:
+        if size is None and max(image.size) > MOST_SIDE:
+            raise ValueError(f"{image.width}x{image.height} pixels; at most {MOST_SIDE} a side can be read whole")
         upright = ImageOps.exif_transpose(in_mode(image, channels))
-        if whole:  # the side that is too long keeps its ends, rounded down as torchvision's Resize does
+        width, height = upright.size if size is None else height_width(size)[::-1]
+        if size is None:
+            fitted = upright
+        elif whole:  # the side that is too long keeps its ends, rounded down as torchvision's Resize does
             upright = _middle(upright, width / height)
             factor = max(Fraction(width, upright.width), Fraction(height, upright.height))
             covering = int(upright.width * factor), int(upright.height * factor)
@@ -91,14 +96,6 @@ def decode_image(source: Any, size: Size, name: str, channels: int = 3, *, whole
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
         pixels = np.array(fitted.convert(MODES[channels]))
     return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()  # [C, h, w]
-
-
-def picture_size(path: PathLike) -> tuple[int, int]:
-    """Height and width in pixels of an image file, turned upright. Errors as in `decode_image`."""
-    with opened(path, str(path)) as image:
-        width, height = image.size
-        sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the tag of the orientation
-    return (width, height) if sideways else (height, width)
 
 
 class Seen(NamedTuple):

@@ -8,7 +8,7 @@ is soft, since upsampling and phi reach across it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def inpaint(
 
     Raises ValueError for shapes, numbers of rows and boxes that do not fit; warns of masks that mark nothing.
     """
-    change = _Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    change = Change(mask, box, True, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -101,7 +101,7 @@ def outpaint(
 
     Arguments, result and errors are those of `inpaint`.
     """
-    change = _Change(mask, box, False, fit, blend, kept, keep_coarsest)
+    change = Change(mask, box, False, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -125,7 +125,7 @@ def class_edit(
     """Put a target class where a mask or a box marks: `inpaint` with labels that must be given."""
     if labels is None:
         raise ValueError("class_edit needs the target class as label, got None; `inpaint` fills without a class")
-    change = _Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    change = Change(mask, box, True, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -300,16 +300,30 @@ def _mask_tokens(system: System, batch: int, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Change:
-    """What a caller asks of an edit, see `inpaint`. inside: a box is what is generated, else what is kept."""
+class Plan:
+    """An edit that is ready for the scale loop.
 
-    mask: Any
-    box: Box | None
-    inside: bool
-    fit: str | None
-    blend: int | None
-    kept: str
-    keep_coarsest: bool
+    edit: what `sample` takes. generate: tokens that are generated, bool [B, h, w]. seen: what the system sees of the images.
+    whole: puts what the loop gives into the images.
+    """
+
+    edit: Edit
+    generate: Tensor
+    seen: Tensor
+    whole: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is asked of an edit, see `inpaint`. inside: a box is what is generated, else what is kept."""
+
+    mask: Any = None
+    box: Box | None = None
+    inside: bool = True
+    fit: str | None = None
+    blend: int | None = None
+    kept: str = "tokens"
+    keep_coarsest: bool = True
 
     def __post_init__(self) -> None:
         if self.kept not in KEPT:
@@ -317,52 +331,48 @@ class _Change:
         if self.blend is not None:
             whole_number("blend", self.blend, 0, MOST_BLEND, " pixels")
 
-    def keeping(self, system: System, x: Tensor, generate: Tensor) -> Edit:
-        """The edit that keeps what tokens of images do not generate, bool [B, h, w]."""
+    @torch.no_grad()
+    @usual_defaults()
+    def plan(self, system: System, x: Tensor) -> Plan:
+        """How images [B, C, H, W] in [-1, 1] are edited. Raises ValueError for sizes, masks and boxes that do not fit."""
+        if self.fit is None and self.blend is None:
+            if tuple(x.shape[2:]) != system.image_size:
+                height, width = system.image_size
+                raise ValueError(
+                    f'expected images [B, {x.shape[1]}, {height}, {width}], got {list(x.shape)}; give fit="crop" for images of '
+                    f"any size, or read them with `ns.read_images(paths, size=({height}, {width}))`"
+                )
+            generate = generated_tokens(system, len(x), self.mask, self.box, inside=self.inside)
+            return Plan(self._keeping(system, x, generate), generate, x, lambda images: images)
+        canvas = Canvas.of((x.shape[2], x.shape[3]), system.image_size, self.fit or FITS[0])
+        mask = _pixels(self, len(x), canvas.image)
+        generate = _touched(mask, canvas, system)
+        opacity, x, seen = feathered(mask, self.blend or 0).to(system.device), x.to(system.device), canvas.fit(x)
+        return Plan(
+            self._keeping(system, seen, generate), generate, seen, lambda images: canvas.put_back(images, x, opacity)
+        )
+
+    def _keeping(self, system: System, x: Tensor, generate: Tensor) -> Edit:
+        """The edit that keeps what tokens of images do not generate."""
         if self.kept == "features":
             return keep_features(system.tokenizer.encode(x.to(system.device), system.schedule).f_hats, ~generate)
-        masks = keep_masks(~generate, system.schedule, keep_coarsest=self.keep_coarsest)
-        return keep_tokens(encode(system, x), masks)
+        return keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=self.keep_coarsest))
 
 
-@torch.no_grad()
-@usual_defaults()
-def _edited(
-    system: System, x: Any, labels: Labels, change: _Change, on_scale: OnScale | None, **options: Any
-) -> Tensor:
+def _edited(system: System, x: Any, labels: Labels, change: Change, on_scale: OnScale | None, **options: Any) -> Tensor:
     """Images after a change; all that can be wrong is found before anything is computed."""
     check_system(system)
     system.need_model()
     x = as_images(x, system.tokenizer.channels)
-    free = change.fit is not None or change.blend is not None
-    if not free and tuple(x.shape[2:]) != system.image_size:
-        height, width = system.image_size
-        raise ValueError(
-            f'expected images [B, {x.shape[1]}, {height}, {width}], got {list(x.shape)}; give fit="crop" to edit images of any '
-            f"size, or read them with `ns.read_images(paths, size=({height}, {width}))`"
-        )
     rows = system.told(labels, len(x))
     system.check_told(rows)
-    if not free:
-        generate = generated_tokens(system, len(x), change.mask, change.box, inside=change.inside)
-        _warn_of_nothing(generate)
-        return sample(system, rows, edit=change.keeping(system, x, generate), on_scale=on_scale, **options)
-
-    canvas = Canvas.of((x.shape[2], x.shape[3]), system.image_size, change.fit or FITS[0])
-    mask = _pixels(change, len(x), canvas.image)
-    generate = _tokens_of(mask, canvas, system)
-    _warn_of_nothing(generate)
-    opacity, x = feathered(mask, change.blend or 0).to(system.device), x.to(system.device)
-
-    def whole(images: Tensor) -> Tensor:
-        return canvas.put_back(images, x, opacity)
-
-    seen = None if on_scale is None else lambda k, images: on_scale(k, whole(images))
-    edit = change.keeping(system, canvas.fit(x), generate)
-    return whole(sample(system, rows, edit=edit, on_scale=seen, **options))
+    plan = change.plan(system, x)
+    _warn_of_nothing(plan.generate)
+    seen = None if on_scale is None else lambda k, images: on_scale(k, plan.whole(images))
+    return plan.whole(sample(system, rows, edit=plan.edit, on_scale=seen, **options))
 
 
-def _pixels(change: _Change, batch: int, size: tuple[int, int]) -> Tensor:
+def _pixels(change: Change, batch: int, size: tuple[int, int]) -> Tensor:
     """The pixels of images that a change marks, bool [B, 1, H, W] or [1, 1, H, W]."""
     _check_one(change.mask, change.box)
     if change.box is not None:
@@ -379,7 +389,7 @@ def _pixels(change: _Change, batch: int, size: tuple[int, int]) -> Tensor:
     return mask.view(-1, 1, *size)
 
 
-def _tokens_of(mask: Tensor, canvas: Canvas, system: System) -> Tensor:
+def _touched(mask: Tensor, canvas: Canvas, system: System) -> Tensor:
     """The tokens that pixels of images touch, bool [B, h, w]; warns where some of them are not seen."""
     stride: Any = system.tokenizer.stride
     rows, columns = canvas.seen
@@ -388,7 +398,7 @@ def _tokens_of(mask: Tensor, canvas: Canvas, system: System) -> Tensor:
         middle = f"the middle {rows.stop - rows.start}x{columns.stop - columns.start} pixels that the system sees"
         said = f"of what is marked {100 * (1 - seen / total):.0f} % lies outside of {middle}"
         if not seen:
-            raise ValueError(f'{said}; give fit="pad" or fit="stretch"')
+            raise ValueError(f'{said}; give fit="pad" or "stretch"')
         warnings.warn(f'{said}, and stays as it is; fit="pad" or fit="stretch" show it all', stacklevel=6)
     return canvas.marked(mask.to(system.device), stride)
 
@@ -397,10 +407,9 @@ def _warn_of_nothing(generate: Tensor) -> None:
     changed = generate.flatten(1).any(dim=1)
     if not changed.any():
         warnings.warn(
-            "the mask marks nothing, so nothing is generated and the images come back as their tokens render them; mark what "
-            "to generate with True (1)",
-            stacklevel=6,
+            "the mask marks nothing, so nothing is generated; mark what to generate with True (1)",
+            stacklevel=4,
         )
     elif not changed.all():
         first = int((~changed).int().argmax())
-        warnings.warn(f"mask {first} marks nothing, so its image comes back as its tokens render it", stacklevel=6)
+        warnings.warn(f"mask {first} marks nothing, so nothing of its image is generated", stacklevel=4)
