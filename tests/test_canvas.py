@@ -8,6 +8,7 @@ from test_recipes import build, cases
 from test_recipes import images as images  # a fixture of the system below
 
 import nextscale as ns
+from nextscale.pixels import as_mask
 from nextscale.recipes.generators import var
 from nextscale.sampling.canvas import FITS, Canvas, feathered
 from nextscale.sampling.vary import first_scales
@@ -106,6 +107,21 @@ def test_pillow_images_and_masks(small):
     assert torch.equal(result[0, :, :10], orange.expand(3, 10, 60)) and not torch.equal(
         result[0], orange.expand(3, 40, 60)
     )
+
+
+def test_masks_are_white_or_strokes_on_nothing():
+    marked = torch.zeros(8, 10, dtype=torch.bool)
+    marked[2:4, 3:6] = True
+    for background, stroke in (
+        ("black", "white"),
+        ((0, 0, 0, 0), "white"),
+        ((0, 0, 0, 0), "black"),
+        ((9, 9, 9, 0), "red"),
+    ):
+        picture = Image.new("RGBA", (10, 8), background)
+        picture.paste(stroke, (3, 2, 6, 4))
+        assert torch.equal(as_mask(picture), marked)
+    assert not as_mask(Image.new("RGBA", (10, 8), (0, 0, 0, 0))).any() and not as_mask(Image.new("L", (10, 8))).any()
 
 
 def test_previews_are_whole_images(small, photo):

@@ -279,6 +279,38 @@ def test_edited_images_are_those_of_the_library(nextscale, system, tmp_path, com
     assert nextscale(*words, "--out", f"again.{ending}").code == 0 and Image.open(f"again.{ending}").size == (130, 80)
 
 
+def test_variations_make_a_row_for_each_strength(nextscale, system, tmp_path):
+    image = drawing(tmp_path / "a.png")
+    words = ["vary", image, "--system", system, "--greedy", "--seed", 3]
+    assert nextscale(*words, "--strength", 0, 1, "--count", 3, "--out", "v.png").code == 0
+    width, height = size("v.png")
+    assert 4 * 128 < width < 5 * 128 and 2 * 128 < height < 3 * 128
+    assert nextscale(*words, "--keep", 2, "--count", 2, "--labels", "dog", "--out", "v").code == 0
+    loaded = ns.load(system)
+    x = ns.read_images(image, loaded.image_size).expand(2, -1, -1, -1)
+    expected = to_uint8(ns.vary(loaded, x, labels="dog", keep=2, pick=ns.greedy, seed=3))
+    found = [np.array(Image.open(f"v/0000{i}.png")).transpose(2, 0, 1).astype(int) for i in (0, 1)]
+    assert (np.abs(np.stack(found) - expected.numpy()) <= 1).all()
+
+
+def test_variations_that_cannot_be(refused, system, tmp_path):
+    words = ["vary", drawing(tmp_path / "a.png"), "--system", system]
+    assert "strength" in refused(*words, "--strength", 1.5)
+    assert "keep: expected a whole number from 0 to 4" in refused(*words, "--keep", 5)
+    assert "one label or prompt" in refused(*words, "--labels", "cat,dog")
+
+
+def test_sampling_shows_its_progress(nextscale, refused, system):
+    words = ["sample", "--system", system, "--labels", "cat,dog", "--count", 2]
+    result = nextscale(*words, "--progress", "frames", "--gif", "a.gif", "--out", "g.png")
+    assert result.code == 0 and result.out == [*(str(Path(f"frames/0{k}.png")) for k in range(4)), "a.gif", "g.png"]
+    assert Path("frames/03.png").read_bytes() == Path("g.png").read_bytes() != Path("frames/02.png").read_bytes()
+    with Image.open("a.gif") as animation:
+        assert animation.n_frames == 4 and animation.size == Image.open("g.png").size and animation.info["loop"] == 0
+    assert nextscale(*words, "--gif", "a.webp", "--out", "singles").code == 0 and Image.open("a.webp").n_frames == 4
+    assert "--gif writes .gif or .webp" in refused(*words, "--gif", "a.png")
+
+
 def test_demo_writes_both_pictures(nextscale, system):
     result = nextscale("demo", "--system", system, "--out", "d")
     assert result.code == 0 and result.out[-1] == str(Path("d/grid.png"))

@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inpaint": change.inpaint,
     "outpaint": change.outpaint,
     "edit": change.edit,
+    "vary": change.vary,
     "train": run.train,
     "scaling": run.scaling,
     "curves": run.curves,

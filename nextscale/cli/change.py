@@ -1,11 +1,11 @@
-"""`nextscale inpaint`, `outpaint` and `edit`: a part of an image anew, in an image of any size."""
+"""`nextscale inpaint`, `outpaint`, `edit` and `vary`: a part of an image anew, or its finer scales."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -37,7 +37,7 @@ class Inpainting:
     box: BoxText = ""
     """the part to generate: top, left, bottom, right as fractions of the image"""
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(this or --box)")] = None
-    """image file instead of a box, of IMAGE's shape, white (and not transparent) where to generate"""
+    """image file instead of a box, of IMAGE's shape: white (and not transparent) where to generate, or strokes on nothing"""
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """how an image of another shape is seen: its middle, all of it with its edges drawn out, or all of it in another shape"""
     blend: int = 4
@@ -108,6 +108,68 @@ def edit(change: Annotated[Editing, Flat]) -> None:
             "edit needs the target classes as --labels, or --prompt; `nextscale inpaint` fills without a class"
         )
     print(_apply(change))
+
+
+def vary(
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help_behavior_hint="")],
+    strength: tuple[float, ...] = (0.5,),
+    keep: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: as --strength says)")] = (),
+    labels: Annotated[tuple[str, ...], LABELS, tyro.conf.arg(help_behavior_hint="(default: no class)")] = (),
+    prompt: Annotated[tuple[str, ...], PROMPT] = (),
+    style: Annotated[str, STYLES] = "",
+    count: int = 8,
+    out: Path = Path("varied.png"),
+    picking: Annotated[Picking, Flat] = Picking(),
+    loading: Annotated[Loading, Flat] = Loading(),
+) -> None:
+    """Draw images like a given one: its coarse scales stay, the finer ones are drawn anew.
+
+    Try: nextscale vary dog.jpg --strength 0.3 0.6 --count 6 --out varied.png
+
+    The picture shows the image as the system sees it, its middle, and the results. The last line is the picture's path.
+
+    Args:
+        image: image file
+        strength: how much changes, from 0 (what the tokens of the image give) to 1 (plain sampling); each makes a row
+        keep: instead, how many scales stay; each makes a row
+        labels: name or number of a class
+        prompt: description in words instead of a label, for systems that read them
+        style: for systems that are told one: its name, or any
+        count: results for each strength
+        out: picture to write; the extension says the format. A name without one is a folder of the results as they are, and
+            .npz an array of them
+    """
+    import torch
+
+    from nextscale.data.images import check_grid, save_images, writes_singles
+    from nextscale.sampling.edit import keep_tokens
+    from nextscale.sampling.vary import first_scales, kept_scales
+
+    at_least_one(count=count)
+    picking.check()
+    check_pictures(out=out, inputs=[image])
+    check_device(loading.device)
+    loading = loading.told(prompt)
+    system = loading.load()
+    said = read_labels(system, labels, prompt, name=loading.name) if prompt or "".join(labels).strip() else [None]
+    styles = read_styles(system, style)
+    if len(said) > 1 or len(styles) > 1:
+        raise ValueError("vary takes one label or prompt, and one style")
+    ways = [kept_scales(system.schedule, keep=n) for n in keep] or [kept_scales(system.schedule, s) for s in strength]
+    check_images(len(ways) * (count + 1), out)
+    check_grid(out, len(ways) * (count + 1), system.image_size, count + 1)
+    source = ns.read_images(image, system.image_size, system.tokenizer.channels)
+    tokens, (options, how) = ns.encode(system, source), picking.resolve(system)
+    tiles = []
+    for kept in ways:
+        edit = keep_tokens(tokens, [mask.to(system.device) for mask in first_scales(system.schedule, kept)])
+        drawn = generate(system, said * count, picking.seed, options, styles=styles * count, edit=edit)[-1].images
+        tiles += [drawn] if writes_singles(out) else [source, drawn]
+    names = [f"keep {n}" for n in keep] or [f"strength {s:g}" for s in strength]
+    texts = [text for name in names for text in (image.name, *[name] * count)]
+    title = f"{loading.title(system)}, {image.name}, seed {picking.seed}, {how}"
+    looks: dict[str, Any] = {} if writes_singles(out) else {"columns": count + 1, "labels": texts, "title": title}
+    print(save_images(torch.cat(tiles), out, **looks))
 
 
 def _apply(change: Inpainting, *, inside: bool = True) -> Path:

@@ -58,6 +58,8 @@ def sample(
     preset: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = "",
     out: Path = Path("grid.png"),
     scales: Path | None = None,
+    progress: Path | None = None,
+    gif: Path | None = None,
     columns: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: --count, up to 16)")] = None,
     picking: Annotated[Picking, Flat] = Picking(),
     loading: Annotated[Loading, Flat] = Loading(),
@@ -80,13 +82,17 @@ def sample(
         out: picture to write; the extension says the format. A name without one is a folder of single images as they are,
             and .npz an array of them, for scores
         scales: also write the same images scale by scale into this picture
+        progress: also write the picture after each scale into this folder, 00.png, 01.png, ...
+        gif: also write these pictures as an animation, .gif or .webp
         columns: images in a row
     """
-    from nextscale.data.images import check_grid, save_images, writes_singles
+    from nextscale.data.images import check_grid, image_format, save_animation, save_images, writes_singles
 
     at_least_one(count=count, columns=columns)
     picking.check()
-    check_pictures(*([scales] if scales else []), out=out)
+    check_pictures(*[path for path in (scales, gif) if path], *_frames(progress, 1), out=out)
+    if gif and image_format(gif) not in ("GIF", "WEBP"):
+        raise ValueError(f"--gif writes .gif or .webp, got {gif}")
     check_device(loading.device)
 
     loading = loading.told(prompt)
@@ -101,14 +107,26 @@ def sample(
         check_grid(scales, len(rows) * len(system.schedule), system.image_size, len(system.schedule))
     options, how = picking.resolve(system, preset)
     singles = writes_singles(out)
-    every = scales is not None
+    every = any(path is not None for path in (scales, progress, gif))
+    for path in (gif, *_frames(progress, 1)):
+        if path:
+            check_grid(path, len(rows), system.image_size, columns)
     frames = generate(system, rows, picking.seed, options, styles=styled, every_scale=every, as_bytes=singles)
     captions = [caption(system, label, one) for label, one in zip(rows, styled, strict=True)]
     title = f"{loading.title(system)}, seed {picking.seed}, {how}"
     if scales:
         print(_save_scales(frames, captions, scales, title))
-    looks: dict[str, Any] = {} if singles else {"columns": columns, "labels": captions, "title": title}
-    print(save_images(frames[-1].images, out, **looks))
+    looks: dict[str, Any] = {"columns": columns, "labels": captions, "title": title}
+    for frame, path in zip(frames, _frames(progress, len(frames)), strict=False):
+        print(save_images(frame.images, path, **looks))
+    if gif:
+        print(save_animation([frame.images for frame in frames], gif, **looks))
+    print(save_images(frames[-1].images, out, **({} if singles else looks)))
+
+
+def _frames(folder: Path | None, count: int) -> list[Path]:
+    """The pictures after each scale, in a folder if there is to be one."""
+    return [folder / f"{k:02}.png" for k in range(count)] if folder else []
 
 
 def _columns(count: int, total: int) -> int:

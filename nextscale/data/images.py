@@ -250,6 +250,23 @@ def save_images(
     return path
 
 
+def save_animation(
+    frames: Sequence[Any], path: PathLike, *, seconds: float = 0.5, last: float = 2.0, **looks: Any
+) -> Path:
+    """Write grids of images (see `image_grid`, which `looks` are for) as an endless animation, GIF or WebP, whole or not at all.
+
+    `frames`: images [B, C, H, W] each, of one size. `seconds`: of each frame; `last`: of the last one. Returns the path.
+    """
+    path, format = as_path(path, "a file to write"), image_format(path)
+    if format not in ("GIF", "WEBP"):
+        raise ValueError(f"an animation is written as .gif or .webp, got {path}")
+    first, *others = [image_grid(images, **looks) for images in frames]
+    times = [round(1000 * seconds)] * len(others) + [round(1000 * last)]
+    with atomic_write(path) as temporary:
+        first.save(temporary, format=format, save_all=True, append_images=others, duration=times, loop=0, quality=95)
+    return path
+
+
 def _save_singles(batch: Tensor, path: Path) -> Path:
     """Write bytes [B, C, H, W] as an array or into a folder."""
     if path.suffix:

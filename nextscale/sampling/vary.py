@@ -53,11 +53,7 @@ def vary(
     """
     check_system(system)
     system.need_model()
-    scales = len(system.schedule)
-    if keep is None:
-        kept = (1 - finite_number("strength", strength, 0, 1)) * scales
-    else:
-        kept = float(whole_number("keep", keep, 0, scales, " scales"))
+    kept = kept_scales(system.schedule, strength, keep)
     x = as_images(x, system.tokenizer.channels)
     rows = system.told(labels, len(x))
     system.check_told(rows)
@@ -66,6 +62,13 @@ def vary(
     return sample(
         system, rows, guidance=guidance, pick=pick, edit=edit, seed=seed, generator=generator, on_scale=on_scale
     )
+
+
+def kept_scales(schedule: Schedule, strength: float = 0.5, keep: int | None = None) -> float:
+    """How many of the scales stay, see `vary`; of the last of them perhaps a part."""
+    if keep is not None:
+        return whole_number("keep", keep, 0, len(schedule), " scales")
+    return (1 - finite_number("strength", strength, 0, 1)) * len(schedule)
 
 
 def first_scales(schedule: Schedule, kept: float) -> list[Tensor]:
