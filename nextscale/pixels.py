@@ -116,7 +116,8 @@ def warn_of_range(images: Tensor, *, stacklevel: int = 3) -> None:
 
 def as_mask(mask: Any) -> Tensor:
     """What users call a mask, as a bool tensor, True = marked: of True and False, of 1 and 0, of the bytes 255 and 0; or a
-    Pillow image that is white, and not transparent, where it marks, or has strokes of any colour on nothing, [H, W]. Raises ValueError for everything else."""
+    Pillow image that is white, and not transparent, where it marks, or has strokes of any colour on nothing, [H, W]. Raises
+    ValueError for everything else."""
     if isinstance(mask, Image.Image):
         return white(pillow_pixels(mask, 4))
     try:
@@ -137,8 +138,8 @@ def as_mask(mask: Any) -> Tensor:
 
 
 def white(pixels: Tensor) -> Tensor:
-    """Where bytes [4, H, W] are white and not transparent, bool [H, W]. Strokes of another colour on nothing count as well: where
-    something is transparent and nothing white, what is not transparent is marked."""
+    """Where bytes [4, H, W] are white and not transparent, bool [H, W]. Strokes of another colour on nothing count as well:
+    where something is transparent and nothing white, what is not transparent is marked."""
     opaque = pixels[3] > 127
     marked = (pixels[:3].float().mean(dim=0) > 127.5) & opaque
     return marked if marked.any() or opaque.all() else opaque

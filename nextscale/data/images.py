@@ -253,7 +253,7 @@ def save_images(
 def save_animation(
     frames: Sequence[Any], path: PathLike, *, seconds: float = 0.5, last: float = 2.0, **looks: Any
 ) -> Path:
-    """Write grids of images (see `image_grid`, which `looks` are for) as an endless animation, GIF or WebP, whole or not at all.
+    """Write grids of images (see `image_grid`, which `looks` are for) as an endless animation (GIF, WebP), whole or not at all.
 
     `frames`: images [B, C, H, W] each, of one size. `seconds`: of each frame; `last`: of the last one. Returns the path.
     """
