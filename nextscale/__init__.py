@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from nextscale.evaluation.sample_set import sample_set as sample_set
     from nextscale.evaluation.score import score as score
     from nextscale.evaluation.tuning import tune as tune
+    from nextscale.hub import push_to_hub as push_to_hub
     from nextscale.output import psnr as psnr
+    from nextscale.pipeline import Pipeline as Pipeline
     from nextscale.published.convert import load_official as load_official
     from nextscale.sampling.edit import class_edit as class_edit
     from nextscale.sampling.edit import inpaint as inpaint
@@ -91,7 +93,9 @@ _HOME = {
     "nextscale.evaluation.tuning": ("tune",),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_features", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
+    "nextscale.hub": ("push_to_hub",),
     "nextscale.output": ("psnr",),
+    "nextscale.pipeline": ("Pipeline",),
     "nextscale.sampling.guidance": ("Guidance", "apart", "cfg", "cfg_ramp"),
     "nextscale.sampling.loop": ("finish", "run", "sample", "sample_tokens", "start", "step"),
     "nextscale.sampling.state": ("State",),

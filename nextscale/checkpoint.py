@@ -25,6 +25,7 @@ from nextscale.system import System, check_device, check_dtype, check_system, fi
 # Kinds of numbers that weights may have in a file.
 FLOATS = ("F32", "F16", "BF16", "F64")
 WHOLE = ("I64", "I32", "U8", "BOOL")
+HUB_NAME = r"[\w-]+(\.[\w-]+)*/[\w.-]+"  # owner/name
 
 
 class ChangeConfig(Settings):
@@ -94,6 +95,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     recipes: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> System:
     """A system by name: one that ships with the package (`emoji-64`), a folder, or a repository of the Hugging Face hub.
 
@@ -102,11 +104,12 @@ def load(
         dtype: torch.bfloat16 or float16: of weights and activations, for sampling; what decides tokens stays float32
             (`system.FLOAT32`). Default: float32.
         recipes: modules of recipes by name, for those that neither come with nextscale nor are an entry point of a package.
+        revision: branch, tag or commit of a hub repository; default: its main branch.
 
     Raises FileNotFoundError or ValueError with what is missing or wrong; a folder that does not fit loads nothing.
     """
     check_device(device)
-    folder = find_folder(name)
+    folder = find_folder(name, revision)
     config = _read_config(folder / "config.json")
     recipes = recipes or {}
     builder = recipes.get(config.recipe) or find_recipe(config.recipe)
@@ -278,25 +281,26 @@ def explain_mismatch(
         raise ValueError(f"the weights in {source} do not fit the model; nothing was loaded:\n{shown}")
 
 
-def find_folder(name: str | os.PathLike[str]) -> Path:
-    """The folder of a system by name; one of the hub is fetched."""
+def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a system by name; one of the hub is fetched, at a revision (default: the main branch)."""
     if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise ValueError(f"expected the name of a system, got {brief(name)}; {', '.join(shipped())} are some")
-    systems = shipped()
+    systems, folder = shipped(), Path(name)
+    if revision is not None and (str(name) in systems or folder.exists()):
+        raise ValueError(f"revision is of a hub repository, and {name} is here; leave it out")
     if str(name) in systems:
         if Path(name).is_dir():
             warnings.warn(
                 f"{name} is the system that comes along, not the folder of that name; write ./{name}", stacklevel=3
             )
         return systems[str(name)]
-    folder = Path(name)
     if folder.is_dir():
         return _system_in(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; expected the folder of a system (config.json and its weights)")
     # owner/name is a hub name, unless there is a folder of the owner's name here: then it is a mistyped path.
-    if re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", str(name)) and not folder.parent.exists():
-        return _download(str(name))
+    if re.fullmatch(HUB_NAME, str(name)) and not folder.parent.exists():
+        return _download(str(name), revision)
     raise FileNotFoundError(
         f"no system {str(name)!r}: it is neither shipped ({', '.join(systems) or 'none'}) nor a folder nor a hub name "
         "(owner/name)"
@@ -316,15 +320,24 @@ def _system_in(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} has no config.json; expected a folder that `ns.save` or a training wrote")
 
 
-def _download(name: str) -> Path:
+def _download(repo: str, revision: str | None) -> Path:
+    """The folder of a system of the hub, downloaded into the hub's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=["config.json", "*.safetensors", "README.md"],
+                library_name="nextscale",
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"no folder {name!r} here, and the hub did not give a repository of that name ({type(error).__name__}); "
+            f"no folder {repo!r} here, and the hub did not give a repository of that name{at} ({type(error).__name__}); "
             "check the name and the network, or give a folder"
         ) from error
 

@@ -26,6 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "tokenizer", "model"),
     ("system",),
     ("checkpoint", "sampling"),
+    ("hub",),
+    ("pipeline",),
     ("encoded",),
     ("evaluation",),
     ("training",),
