@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from nextscale.evaluation.sample_set import sample_set as sample_set
     from nextscale.evaluation.score import score as score
     from nextscale.evaluation.tuning import tune as tune
-    from nextscale.hub import push_to_hub as push_to_hub
     from nextscale.output import psnr as psnr
     from nextscale.pipeline import Pipeline as Pipeline
     from nextscale.published.convert import load_official as load_official
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from nextscale.sampling.vary import vary as vary
     from nextscale.schedule import Schedule as Schedule
     from nextscale.schedule import Span as Span
+    from nextscale.sharing import push_to_hub as push_to_hub
     from nextscale.system import System as System
     from nextscale.system import decode as decode
     from nextscale.system import encode as encode
@@ -93,7 +93,7 @@ _HOME = {
     "nextscale.evaluation.tuning": ("tune",),
     "nextscale.sampling.edit": ("class_edit", "inpaint", "keep_features", "keep_tokens", "outpaint"),
     "nextscale.published.convert": ("load_official",),
-    "nextscale.hub": ("push_to_hub",),
+    "nextscale.sharing": ("push_to_hub",),
     "nextscale.output": ("psnr",),
     "nextscale.pipeline": ("Pipeline",),
     "nextscale.sampling.guidance": ("Guidance", "apart", "cfg", "cfg_ramp"),

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from nextscale.checkpoint import load, save
-from nextscale.hub import push_to_hub
 from nextscale.modules import as_module
 from nextscale.pixels import on_white, to_uint8
 from nextscale.sampling.defaults import SamplingDefaults
 from nextscale.sampling.loop import sample
 from nextscale.settings import STYLE, brief, whole_number
+from nextscale.sharing import push_to_hub
 from nextscale.system import System, check_system
 
 MOST_IMAGES = 100_000

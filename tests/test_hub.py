@@ -12,8 +12,8 @@ from small import small
 
 import nextscale as ns
 from nextscale import cli
-from nextscale.hub import model_card, with_library
 from nextscale.recipes.generators import infinity, var
+from nextscale.sharing import model_card, with_library
 
 CLASSES = ("cat", "dog", "horse")
 

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "tokenizer", "model"),
     ("system",),
     ("checkpoint", "sampling"),
-    ("hub",),
+    ("sharing",),
     ("pipeline",),
     ("encoded",),
     ("evaluation",),

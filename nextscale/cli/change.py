@@ -179,7 +179,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     """
     from nextscale.data.images import read_image_file
     from nextscale.pixels import to_float
-    from nextscale.sampling.edit import Change
+    from nextscale.sampling.edit import EditRequest
 
     count, picking = change.count, change.picking
     at_least_one(count=count)
@@ -200,7 +200,7 @@ def _apply(change: Inpainting, *, inside: bool = True) -> Path:
     source = to_float(read_image_file(change.image, None, system.tokenizer.channels))[None]
     results = _Results(system, change, wanted, source, f"seed {picking.seed}, {how}")
     marks = {"box": where} if isinstance(where, tuple) else {"mask": _read_mask(where, change.image, source)}
-    asked = Change(**marks, inside=inside, fit=change.fit, blend=change.blend, kept=change.kept)
+    asked = EditRequest(**marks, inside=inside, fit=change.fit, blend=change.blend, kept=change.kept)
     plan = asked.plan(system, source)
     if not plan.generate.any():
         raise ValueError(f"--mask marks nothing to generate in {change.image}; it is white where to generate")

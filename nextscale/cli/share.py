@@ -42,7 +42,7 @@ def push(
     import torch
 
     from nextscale.checkpoint import find_folder
-    from nextscale.hub import card_of_folder
+    from nextscale.sharing import card_of_folder
 
     loaded = load_changed(system, "cpu", methods)
     card = card_of_folder(loaded, find_folder(system), repo, report=report, licence=license)

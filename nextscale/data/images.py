@@ -133,6 +133,7 @@ def read_images(paths: PathLike | Iterable[PathLike], size: Size, channels: int 
     files = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike) else [paths]
     if not files:
         raise ValueError("read_images: expected at least one path, got none")
+    height_width(size)
     images = torch.stack([read_image_file(path, size, channels) for path in files])
     for path in files:
         with Image.open(path) as image:  # its head

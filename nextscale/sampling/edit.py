@@ -76,7 +76,7 @@ def inpaint(
 
     Raises ValueError for shapes, numbers of rows and boxes that do not fit; warns of masks that mark nothing.
     """
-    change = Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    change = EditRequest(mask, box, True, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -101,7 +101,7 @@ def outpaint(
 
     Arguments, result and errors are those of `inpaint`.
     """
-    change = Change(mask, box, False, fit, blend, kept, keep_coarsest)
+    change = EditRequest(mask, box, False, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -125,7 +125,7 @@ def class_edit(
     """Put a target class where a mask or a box marks: `inpaint` with labels that must be given."""
     if labels is None:
         raise ValueError("class_edit needs the target class as label, got None; `inpaint` fills without a class")
-    change = Change(mask, box, True, fit, blend, kept, keep_coarsest)
+    change = EditRequest(mask, box, True, fit, blend, kept, keep_coarsest)
     return _edited(system, x, labels, change, on_scale, guidance=guidance, pick=pick, seed=seed, generator=generator)
 
 
@@ -314,7 +314,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Change:
+class EditRequest:
     """What is asked of an edit, see `inpaint`. inside: a box is what is generated, else what is kept."""
 
     mask: Any = None
@@ -359,7 +359,9 @@ class Change:
         return keep_tokens(encode(system, x), keep_masks(~generate, system.schedule, keep_coarsest=self.keep_coarsest))
 
 
-def _edited(system: System, x: Any, labels: Labels, change: Change, on_scale: OnScale | None, **options: Any) -> Tensor:
+def _edited(
+    system: System, x: Any, labels: Labels, change: EditRequest, on_scale: OnScale | None, **options: Any
+) -> Tensor:
     """Images after a change; all that can be wrong is found before anything is computed."""
     check_system(system)
     system.need_model()
@@ -372,7 +374,7 @@ def _edited(system: System, x: Any, labels: Labels, change: Change, on_scale: On
     return plan.whole(sample(system, rows, edit=plan.edit, on_scale=seen, **options))
 
 
-def _pixels(change: Change, batch: int, size: tuple[int, int]) -> Tensor:
+def _pixels(change: EditRequest, batch: int, size: tuple[int, int]) -> Tensor:
     """The pixels of images that a change marks, bool [B, 1, H, W] or [1, 1, H, W]."""
     _check_one(change.mask, change.box)
     if change.box is not None:
