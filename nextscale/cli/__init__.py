@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nextscale as ns
-from nextscale.cli import about, bench, change, draw, run, sets, share, tune
+from nextscale.cli import about, bench, change, draw, run, sets, share, tune, web
 from nextscale.cli.methods import explain, take_methods
 from nextscale.cli.options import SHIPPED
 from nextscale.cli.parse import parse
@@ -69,6 +69,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": about.info,
     "list": about.list_,
     "demo": draw.demo,
+    "web": web.web,
 }
 
 
