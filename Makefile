@@ -10,7 +10,7 @@ export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo web test lint types clean
+.PHONY: help setup setup-web demo web test lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
@@ -21,8 +21,11 @@ setup: ## make .venv and install everything into it (instant when nothing change
 demo: setup ## draw images with the model that comes along: out/grid.png, out/scales.png
 	@$(BIN)/nextscale demo --out out
 
-web: setup ## a page in the browser that draws and edits; ARGS="--prompts" for prompts
-	@$(BIN)/python -c "import gradio" 2>/dev/null || $(BIN)/python -m pip install -qq -c requirements/constraints.txt -e '.[web]'
+setup-web: setup
+	@$(BIN)/python -c "from nextscale.extras import need; need('web', 'the page')" 2>/dev/null || \
+		$(BIN)/python -m pip install -qq -c requirements/constraints.txt -e '.[web]'
+
+web: setup-web ## a page in the browser that draws and edits; ARGS="--prompts" for prompts
 	@$(BIN)/nextscale web $(ARGS)
 
 test: export HF_HUB_OFFLINE = 1

@@ -33,15 +33,15 @@ def main(system: str = "emoji-64", visitors: int = 10, requests: int = 300, earl
     """
     with serving("--system", system) as (address, process):
         clients = [Client(address, verbose=False) for _ in range(visitors)]
-        label = first_label(clients[0])
+        fields = parameters(clients[0])
         with ThreadPoolExecutor(visitors) as pool:
             began = time.monotonic()
-            found = list(pool.map(lambda i: ask(clients[i], label, 8, i, began), range(visitors)))
+            found = list(pool.map(lambda i: ask(clients[i], fields, 8, i, began), range(visitors)))
         errors = [one["error"] for one in found if one["error"]]
         report("parallel", visitors=visitors, errors=errors, waited_s=[one["seconds"] for one in found])
         asked, memory = visitors, {}
         while asked < requests:
-            error = ask(clients[asked % visitors], label, 2, asked, time.monotonic())["error"]
+            error = ask(clients[asked % visitors], fields, 2, asked, time.monotonic())["error"]
             errors += [error] if error else []
             asked += 1
             if asked in (early, requests):
@@ -52,9 +52,10 @@ def main(system: str = "emoji-64", visitors: int = 10, requests: int = 300, earl
         )
 
 
-def ask(client: Any, label: str, count: int, seed: int, began: float) -> dict[str, Any]:
-    """Ask for images, and tell how long it took."""
-    style, apart = (["any"], [None]) if told_style(client) else ([], [])
+def ask(client: Any, fields: list[dict[str, Any]], count: int, seed: int, began: float) -> dict[str, Any]:
+    """Ask for images of the label that the page begins with, and tell how long it took."""
+    label = next(one for one in fields if one["label"] == "Labels")["parameter_default"][0]
+    style, apart = (["any"], [None]) if any(one["label"] == "Style" for one in fields) else ([], [])
     try:
         pictures, _ = client.predict(
             [label], *style, count, seed, 2.5, 1.0, 50, 0.85, False, *apart, api_name="/generate"
@@ -65,21 +66,9 @@ def ask(client: Any, label: str, count: int, seed: int, began: float) -> dict[st
     return {"seconds": round(time.monotonic() - began, 2), "error": error}
 
 
-def told_style(client: Any) -> bool:
-    """Whether the page has a field for the style."""
-    return any(one["label"] == "Style" for one in parameters(client))
-
-
-def first_label(client: Any) -> str:
-    """The label that the page begins with."""
-    return str(next(one for one in parameters(client) if one["label"] == "Labels")["parameter_default"][0])
-
-
 def parameters(client: Any) -> list[dict[str, Any]]:
-    """Of what draws images."""
-    if not hasattr(client, "asked_for"):
-        client.asked_for = client.view_api(return_format="dict", print_info=False)
-    return list(client.asked_for["named_endpoints"]["/generate"]["parameters"])
+    """The fields of what draws images."""
+    return list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/generate"]["parameters"])
 
 
 def resident(pid: int) -> int:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,7 @@ PATIENCE = 120.0  # seconds, on a busy machine
 def missing() -> str:
     """What a browser test lacks here, or nothing."""
     lacks = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    for module in ("gradio", "selenium"):
-        try:
-            __import__(module)
-        except ImportError:
-            lacks.append(module)
+    lacks += [module for module in ("gradio", "selenium") if find_spec(module) is None]
     return f"no {' and no '.join(lacks)}" if lacks else ""
 
 

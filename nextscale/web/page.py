@@ -72,8 +72,8 @@ def build(studio: Studio, repeater: Repeater, title: str) -> gr.Blocks:
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, *, block: bool = True, quiet: bool = False) -> str:
-    """Serve the page; returns its address, at once unless `block`. Nothing is fetched from elsewhere."""
+def launch(page: gr.Blocks, host: str, port: int | None) -> None:
+    """Serve the page until Ctrl-C, and print its address. Nothing is fetched from elsewhere."""
     theme = gr.themes.Default(
         primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     )
@@ -92,11 +92,8 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, block: bool = True, 
         theme=theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"),
         css=CSS,
     )
-    if not quiet:
-        print(f"{address} - Ctrl-C ends it", flush=True)
-    if block:
-        page.block_thread()
-    return str(address)
+    print(f"{address} - Ctrl-C ends it", flush=True)
+    page.block_thread()
 
 
 # ---- the tabs --------------------------------------------------------------------------------------------------------
@@ -143,9 +140,9 @@ def _edit_tab(studio: Studio, repeater: Repeater) -> None:
         asked = _asked(studio, told, picking, values)
         image, mask = _drawn(studio, sent)
         how = {"fit": _choice(FITS, fit), "blend": int(blend), "kept": kept}
-        steps = _pictures(studio.edit(image, mask, asked, **how), repeater.edit(asked, how), "edited", large=True)
-        for pictures, again in steps:
-            yield pictures, again and again + _mask_link(mask)
+        steps = studio.edit(image, mask, asked, **how)
+        for images, words in _pictures(steps, repeater.edit(asked, how), "edited", large=True):
+            yield images, words and words + _mask_link(mask)
 
     inputs = [drawing, fit, blend, kept, *told.parts, *picking.parts]
     _runs(draw, stop, edit, inputs, [pictures, again], "edit", picking)
@@ -158,9 +155,10 @@ def _reconstruct_tab(studio: Studio, repeater: Repeater) -> None:
     scales = gr.Slider(1, len(sizes), value=len(sizes), step=1, label="Scales")
     pictures, again = _shown()
 
-    def reconstruct(path: Any, scales: int) -> tuple[str, str]:
-        if path is None:
-            return "", ""
+    def reconstruct(path: Any, scales: int) -> Iterator[tuple[str, str]]:
+        if path is None:  # taken away again
+            yield "", ""
+            return
         image = read_upload(path, studio.system.tokenizer.channels, studio.system.image_size)
         found = studio.reconstruct(image)
         scales = min(max(1, int(scales)), len(found))
@@ -169,10 +167,10 @@ def _reconstruct_tab(studio: Studio, repeater: Repeater) -> None:
         status = f"Left the image, right what {scales} of {len(found)} scales give: {score:.2f} dB. Below, each."
         both = gallery([image, seen], ["the image", texts[scales - 1]], status, large=True, name="reconstruction")
         every = gallery([one for one, _ in found], texts, "", name="scale")
-        return both + every, _again(repeater.reconstruct(scales))
+        yield both + every, _again(repeater.reconstruct(scales))
 
     does: dict[str, Any] = {
-        "fn": _said(reconstruct),
+        "fn": _in_words(reconstruct),
         "inputs": [upload, scales],
         "outputs": [pictures, again],
         "concurrency_id": "system",
@@ -196,8 +194,8 @@ def _vary_tab(studio: Studio, repeater: Repeater) -> None:
         if path is None:
             raise ValueError("upload an image first")
         image = read_upload(path, studio.system.tokenizer.channels, studio.system.image_size)
-        again = repeater.vary(asked, float(strength))
-        yield from _pictures(studio.vary(image, float(strength), asked), again, "varied")
+        strength = float(strength)
+        yield from _pictures(studio.vary(image, strength, asked), repeater.vary(asked, strength), "varied")
 
     inputs = [upload, strength, *told.parts, *picking.parts]
     _runs(draw, stop, vary, inputs, [pictures, again], "vary", picking)
@@ -244,29 +242,22 @@ class _Picking:
 
     def __init__(self, studio: Studio, count: int, most: int = MOST_IMAGES) -> None:
         own: Any = studio.system.sampling
-        most = min(most, MOST_IMAGES)
         with gr.Row():
             self.count = gr.Slider(1, most, value=count, step=1, label="Images of each", min_width=140)
             self.seed = gr.Number(value=0, precision=0, minimum=0, maximum=MOST_SEED, label="Seed", min_width=140)
         self.fresh = gr.Checkbox(value=False, label="Another seed each time")
         with gr.Accordion("How tokens are drawn", open=False):
-            guidance = gr.Slider(
-                0, max(20, 2 * own.guidance), value=own.guidance, step=0.1, label="Guidance", info="1: off"
-            )
-            temperature = gr.Slider(0.05, 2, value=own.temperature, step=0.05, label="Temperature")
-            top_k = gr.Number(value=own.top_k, precision=0, minimum=0, label="Top-k", info="0: all")
-            top_p = gr.Slider(0, 1, value=own.top_p, step=0.01, label="Top-p", info="0: all")
-            smooth = gr.Checkbox(value=own.smooth, label="Smooth", info="mix tokens softly instead of drawing one")
-            self.named = {
-                "guidance": guidance,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "smooth": smooth,
+            most_guidance = max(20, 2 * own.guidance)
+            self.named: dict[str, Any] = {
+                "guidance": gr.Slider(0, most_guidance, own.guidance, step=0.1, label="Guidance", info="1: off"),
+                "temperature": gr.Slider(0.05, 2, own.temperature, step=0.05, label="Temperature"),
+                "top_k": gr.Number(own.top_k, precision=0, minimum=0, label="Top-k", info="0: all"),
+                "top_p": gr.Slider(0, 1, own.top_p, step=0.01, label="Top-p", info="0: all"),
+                "smooth": gr.Checkbox(own.smooth, label="Smooth", info="mix tokens softly instead of drawing one"),
             }
             if studio.styles:
-                told = "empty: the same as for all"
-                self.named["style_guidance"] = gr.Number(own.style_guidance, label="Guidance of the style", info=told)
+                same = "empty: the same as for all"
+                self.named["style_guidance"] = gr.Number(own.style_guidance, label="Guidance of the style", info=same)
         self.parts = [self.count, self.seed, *self.named.values()]
 
     def read(self, studio: Studio, values: Sequence[Any]) -> dict[str, Any]:
@@ -323,7 +314,7 @@ def _runs(
         api_visibility="private",
     )
     running = chosen.then(
-        _said_steps(function),
+        _in_words(function),
         inputs,
         outputs,
         api_name=name,
@@ -385,21 +376,8 @@ def _summary(studio: Studio) -> str:
 # ---- errors in words -------------------------------------------------------------------------------------------------
 
 
-def _said(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors are sentences for the visitor."""
-
-    @wraps(function)
-    def wrapped(*values: Any) -> Any:
-        try:
-            return function(*values)
-        except Exception as error:
-            raise _sentence(error) from None
-
-    return wrapped
-
-
-def _said_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same of a function that gives one picture after another."""
+def _in_words(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The function, which gives one picture after another, with errors that are sentences for the visitor."""
 
     @wraps(function)
     def wrapped(*values: Any) -> Iterator[Any]:

@@ -100,19 +100,17 @@ class Studio:
     @property
     def said(self) -> str:
         """The name of what the system is told: label, caption."""
-        return next(iter(name for name in self.system.readers if name != STYLE))
+        return next(name for name in self.system.readers if name != STYLE)
 
     @property
     def reads_texts(self) -> bool:
         """Whether it is told prompts, and no labels."""
         return self.draws and self.said in self.system.texts
 
-    @cached_property
+    @property
     def choices(self) -> list[str]:
         """The labels that there are, as words."""
-        return (
-            [] if self.reads_texts or not self.draws else [str(one) for one in self.system.readers[self.said].choices]
-        )
+        return list(self._values)
 
     @cached_property
     def styles(self) -> list[str]:
@@ -124,8 +122,11 @@ class Studio:
         return self._values.get(word, word)
 
     @cached_property
-    def _values(self) -> dict[Any, Any]:
-        return dict(zip(self.choices, self.system.readers[self.said].choices, strict=True)) if self.choices else {}
+    def _values(self) -> dict[str, Any]:
+        """What the system takes, by the words for it."""
+        if self.reads_texts or not self.draws:
+            return {}
+        return {str(one): one for one in self.system.readers[self.said].choices}
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings that differ from the system's own, of those that the page gives (None: the system's)."""
