@@ -17,11 +17,10 @@ nextscale train tokenizer --autoencoder-from runs/autoencoder --out runs/tokeniz
     --system.autoencoder.around 0 --system.pyramid.codebook-size 2048 --system.pyramid.limits 16 64 512 1024 2048 2048 2048 \
     --loss.codebook 0.5 --loss.restart-until 0.7 --augmentation.hue 0 --augmentation.scale 0.12
 # the generator of codes; stopped at step 2,890, its averaged weights taken
-torchrun --standalone --nproc-per-node 2 -m nextscale train generator --tokenizer runs/tokenizer7 --out runs/generator \
+torchrun --standalone --nproc-per-node 2 -m nextscale train generator --tokenizer docs/five-sets/codes --out runs/generator \
     --data openmoji+openmoji+openmoji+openmoji+noto+twemoji+fluent+emojione --views 4 --steps 3600 --batch-size 32 --lr 2.5e-3 \
     --warmup 200 --ema 0.999 --threads 1 --precision bfloat16 --compile --validate-every 1800 --save-every 250 \
     --transformer.dropout 0 --transformer.drop-path 0 --loss.progressive 0.7 --loss.progressive-from 3 \
     --loss.drop-parts label 0.1 style 0.1 --augmentation.hue 0 --augmentation.scale 0.08 --augmentation.shift 0.04
 nextscale save runs/generator/checkpoints/00002890 --to runs/judged
 nextscale tune runs/judged --data openmoji --guidance 2 3 4 --temperature 0.8 0.9 1 --passes 1 --out runs/tune --to runs/tuned
-nextscale evaluate runs/tuned --data openmoji --out runs/report
